@@ -1,0 +1,251 @@
+"""A folder of scans in the SPIDER layout: its names, its overview, and the checks that each series must pass.
+
+    images/<patient>_<t1|t2|t2_SPACE>.<ext>    masks/<same name>.<ext>    overview.csv
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lumbarflow.imaging import LabelMap, Volume, VolumeError, geometry_differences, split_volume_name, to_sagittal
+from lumbarflow.labels import FOREGROUND, LabelTable, UnknownLabelError, class_counts
+
+# What overview.csv says of a synthetic series (phantom.py writes it), so that the registry can tell them from real ones.
+SYNTHETIC_MARK = "synthetic"
+
+ACCEPTED, REJECTED, ABSENT, IGNORED = "accepted", "rejected", "absent", "ignored"
+
+
+class SeriesRejected(Exception):
+    """Why one series cannot be used: the file, what was found, what was expected, what to do."""
+
+    def __init__(self, file: str, found: str, expected: str, remedy: str):
+        super().__init__(f"{file}: {found}; expected {expected}. {remedy}")
+        self.file, self.found, self.expected, self.remedy = file, found, expected, remedy
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One series of the folder: its files (None where missing) and its row in the overview (None without one).
+
+    Attributes:
+        image, mask: file names inside `images/` and `masks/`.
+        problem: (found, expected, what to do) if the names alone rule it out.
+    """
+
+    series: str
+    patient: str
+    sequence: str
+    image: str | None
+    mask: str | None
+    row: Mapping[str, Any] | None
+    problem: tuple[str, str, str] | None = None
+
+
+@dataclass
+class Inventory:
+    """What lies in the folder.
+
+    Attributes:
+        scans: series with at least one file, by name.
+        absent: rows of the overview without any file (a partial copy is normal).
+        ignored: files that are no volumes.
+    """
+
+    scans: list[Scan] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def take_inventory(
+    images: Sequence[str], masks: Sequence[str], overview: Sequence[Mapping[str, Any]], sequences: Sequence[str]
+) -> Inventory:
+    """Pair images with masks and with their rows.
+
+    Args:
+        images, masks: file names in the two folders.
+        overview: rows with at least `new_file_name`; others, such as `subset`, are kept.
+        sequences: names that a series may end in, e.g. t1, t2, t2_SPACE.
+    """
+    inventory = Inventory()
+    rows = {str(row["new_file_name"]).strip(): row for row in overview}
+    files: dict[str, dict[str, list[str]]] = {}
+    for folder, names in (("images", images), ("masks", masks)):
+        for name in sorted(names):
+            series, suffix = split_volume_name(name)
+            if not suffix or "/" in name or name.startswith("."):
+                # The data file of an `.mhd` header is part of that volume, not a stray file.
+                header = f"{name.rsplit('.', 1)[0]}.mhd"
+                if not (name.lower().endswith((".raw", ".zraw")) and header in names):
+                    inventory.ignored.append(f"{folder}/{name}")
+                continue
+            files.setdefault(series, {"images": [], "masks": []})[folder].append(name)
+    # Longest first, or "t2_SPACE" would be read as patient "1_t2", sequence "SPACE".
+    pattern = re.compile(rf"(?P<patient>.+)_(?P<sequence>{'|'.join(sorted(map(re.escape, sequences), key=len)[::-1])})")
+    for series, found in sorted(files.items()):
+        match = pattern.fullmatch(series)
+        problem = None
+        if match is None:
+            problem = (
+                f"the name {series!r}",
+                f"<patient>_<sequence> with a sequence of {', '.join(sequences)}",
+                "Rename the file, or add its sequence to ingest.sequences.",
+            )
+        for folder, names in found.items():
+            if len(names) > 1:
+                problem = (f"{' and '.join(names)} in {folder}", "one file per series", "Keep one of them.")
+        inventory.scans.append(
+            Scan(
+                series,
+                match["patient"] if match else series,
+                match["sequence"] if match else "",
+                found["images"][0] if found["images"] else None,
+                found["masks"][0] if found["masks"] else None,
+                rows.get(series),
+                problem,
+            )
+        )
+    inventory.absent = sorted(set(rows) - set(files))
+    return inventory
+
+
+def ingest_scan(
+    scan: Scan,
+    load_image: Callable[[], Volume] | None,
+    load_mask: Callable[[], LabelMap] | None,
+    labels: LabelTable,
+    tolerances: Mapping[str, float],
+) -> dict[str, Any]:
+    """Check one series and turn it sagittal.
+
+    Args:
+        load_image, load_mask: read the two files; called only if the names are right.
+        labels: raw ids -> classes.
+        tolerances: see `imaging.geometry_differences`.
+    Returns:
+        Files for a SeriesStore: `record.json` always, `image.mha` and `labels.mha` (uint8 classes, sagittal) if the
+        series is accepted. No series raises: what is wrong with it stands in its record.
+    """
+    record: dict[str, Any] = {"series": scan.series, "patient": scan.patient, "sequence": scan.sequence}
+    try:
+        image, mask = _load_pair(scan, load_image, load_mask)
+        classes, facts = _check_pair(scan, image, mask, labels, tolerances)
+    except SeriesRejected as reason:
+        return {
+            "record.json": record
+            | {
+                "outcome": REJECTED,
+                "file": reason.file,
+                "found": reason.found,
+                "expected": reason.expected,
+                "what_to_do": reason.remedy,
+            }
+        }
+    except MemoryError:
+        raise
+    except Exception as error:  # a series that fails in a way nobody foresaw is still only that series
+        return {
+            "record.json": record
+            | {
+                "key": None,  # tried again next time: the cause may pass (a full disk, a lost network drive)
+                "outcome": REJECTED,
+                "file": f"images/{scan.image}",
+                "found": f"{type(error).__name__}: {error}",
+                "expected": "a series that can be read",
+                "what_to_do": "Open the files in a viewer; if they are fine, report this message.",
+            }
+        }
+    sagittal, orientation = to_sagittal(image)
+    sagittal_classes, _ = to_sagittal(classes)
+    record |= {
+        "outcome": ACCEPTED,
+        "file": f"images/{scan.image}",
+        "orientation": orientation.to_dict(),
+        "n_slices": int(sagittal.array.shape[0]),
+        "rows": int(sagittal.array.shape[1]),
+        "columns": int(sagittal.array.shape[2]),
+        "row_spacing_mm": sagittal.spacing_mm[1],
+        "column_spacing_mm": sagittal.spacing_mm[0],
+        "slice_spacing_mm": sagittal.spacing_mm[2],
+        "class_counts": class_counts(sagittal_classes.array).tolist(),
+        **facts,
+    }
+    return {"record.json": record, "image.mha": sagittal, "labels.mha": sagittal_classes}
+
+
+def _load_pair(scan: Scan, load_image, load_mask) -> tuple[Volume, LabelMap]:
+    for folder, name in (("images", scan.image), ("masks", scan.mask)):
+        if name is None:
+            other = f"{'masks' if folder == 'images' else 'images'}/{scan.mask or scan.image}"
+            raise SeriesRejected(
+                other,
+                f"no file of that name in {folder}/",
+                f"an image and its mask, {folder}/{scan.series}.<ext>",
+                f"Add the {folder[:-1]}, or remove {other}.",
+            )
+    if scan.problem:
+        raise SeriesRejected(f"images/{scan.image}", *scan.problem)
+    loaded = []
+    for file, load in ((f"images/{scan.image}", load_image), (f"masks/{scan.mask}", load_mask)):
+        try:
+            loaded.append(load())
+        except Exception as error:
+            cause = _volume_error(error)
+            if cause is None:
+                raise
+            raise SeriesRejected(file, cause.found, cause.expected, cause.remedy) from None
+    return loaded[0], loaded[1]
+
+
+def _volume_error(error: BaseException | None) -> VolumeError | None:
+    """A dataset wraps what its loading raised; the reason lies below."""
+    while error is not None and not isinstance(error, VolumeError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _check_pair(
+    scan: Scan, image: Volume, mask: LabelMap, labels: LabelTable, tolerances: Mapping[str, float]
+) -> tuple[LabelMap, dict[str, Any]]:
+    image_file, mask_file = f"images/{scan.image}", f"masks/{scan.mask}"
+    differences = geometry_differences(mask, image, tolerances)
+    if differences:
+        raise SeriesRejected(
+            mask_file,
+            "; ".join(differences) + " of the image",
+            "the image's grid",
+            "Resample the mask to its image (nearest neighbour), or widen ingest.tolerances.",
+        )
+    if any(spacing <= 0 for spacing in image.spacing_mm):
+        raise SeriesRejected(image_file, f"spacing {image.spacing_mm} mm", "positive lengths", "Correct the header.")
+    if not np.all(np.isfinite(image.array)):
+        count = int(np.count_nonzero(~np.isfinite(image.array)))
+        raise SeriesRejected(image_file, f"{count} voxels that aren't finite", "finite numbers", "Export it again.")
+    if image.array.min() == image.array.max():
+        raise SeriesRejected(
+            image_file, f"the constant value {image.array.flat[0]}", "an image with contrast", "Export it again."
+        )
+    try:
+        classes = labels.classes(mask.array)
+    except UnknownLabelError as error:
+        raise SeriesRejected(
+            mask_file,
+            f"unknown label ids {error.ids}",
+            "ids of the table labels.table",
+            "Add them to labels.table in the parameters, or correct the mask.",
+        ) from None
+    if not np.any(np.isin(classes, list(FOREGROUND))):
+        raise SeriesRejected(mask_file, "an empty mask", "vertebrae, canal or IVD", "Segment it, or remove the series.")
+    row = scan.row or {}
+    subset = str(row.get("subset") or "").strip()
+    facts = {
+        "listed": scan.row is not None,
+        "subset": subset if subset in ("training", "validation") else "",
+        "synthetic": str(row.get("SeriesDescription") or "").strip() == SYNTHETIC_MARK,
+    }
+    return LabelMap(classes, mask.spacing_mm, mask.origin_mm, mask.direction), facts

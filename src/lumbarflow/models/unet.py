@@ -1,0 +1,141 @@
+"""The modified U-Net of Ahmed et al. 2024 (arXiv 2409.06018), from plain Keras layers.
+
+Dictionary between the paper's names and ours:
+
+| paper                             | here                                                              |
+|-----------------------------------|-------------------------------------------------------------------|
+| contracting path, c1 ... c5       | `encoder_1` ... `encoder_5`, at stride 1, 2, 4, 8 and 16          |
+| extra level, c6                   | `encoder_6`, at stride 16 too: no pooling stands before it        |
+| expansive path, c7 ... c10        | `decoder_1` ... `decoder_4`, at stride 8, 4, 2 and 1              |
+| up-sample block                   | transposed convolution 3x3, batch normalisation, LeakyReLU        |
+| u7 (as coded, the only such block)| `decoder_1_upsample`; the other levels: transposed convolution 2x2|
+| skip connection                   | `decoder_k_skip`: concatenation with the encoder of equal stride  |
+| "level"                           | convolution 3x3 + ReLU, batch normalisation, dropout, convolution 3x3 + ReLU |
+
+Parameters as coded, with one input channel and four classes. A level from a to b channels has
+9ab + b (first convolution) + 4b (batch normalisation, two of them moving averages) + 9bb + b:
+
+| encoder | a -> b     | parameters | decoder                     | parameters |
+|---------|------------|------------|-----------------------------|------------|
+| 1       | 1 -> 16    | 2,544      | up 512 -> 256 (3x3, and BN) | 1,180,928  |
+| 2       | 16 -> 32   | 14,016     | 256 + 128 -> 256            | 1,476,096  |
+| 3       | 32 -> 64   | 55,680     | up 256 -> 128 (2x2)         | 131,200    |
+| 4       | 64 -> 128  | 221,952    | 128 + 64 -> 128             | 369,408    |
+| 5       | 128 -> 256 | 886,272    | up 128 -> 64                | 32,832     |
+| 6       | 256 -> 512 | 3,542,016  | 64 + 32 -> 64               | 92,544     |
+|         |            |            | up 64 -> 32                 | 8,224      |
+|         |            |            | 32 + 16 -> 32               | 23,232     |
+|         |            |            | classes, 32 -> 4 (1x1)      | 132        |
+| sum     |            | 4,722,480  | sum                         | 3,314,596  |
+
+4,722,480 + 3,314,596 = 8,037,076.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from lumbarflow.backend import load_keras
+
+if TYPE_CHECKING:
+    import keras
+
+
+def modified_unet(
+    size: Sequence[int],
+    channels: int,
+    classes: int,
+    *,
+    precision: str = "float32",
+    encoder_widths: Sequence[int] = (16, 32, 64, 128, 256, 512),
+    encoder_dropouts: Sequence[float] = (0.1, 0.1, 0.2, 0.2, 0.3, 0.3),
+    decoder_widths: Sequence[int] = (256, 128, 64, 32),
+    decoder_dropouts: Sequence[float] = (0.2, 0.2, 0.1, 0.1),
+    leaky_relu_slope: float = 0.1,
+    upsample_block: Literal["first", "all"] = "first",
+    batch_norm_momentum: float = 0.99,
+    kernel_initializer: str = "glorot_uniform",
+) -> keras.Model:
+    """The net: (n, H, W, channels) -> class probabilities float32 (n, H, W, classes).
+
+    Args:
+        size: (H, W), each divisible by the net's stride: 16 with the paper's six encoder levels.
+        channels: input channels.
+        classes: output classes, softmax over them.
+        precision: Keras dtype policy of all layers but the softmax, which stays in float32.
+        encoder_widths, encoder_dropouts: one per encoder level, the last being the level without pooling.
+        decoder_widths, decoder_dropouts: one per decoder level, two fewer than the encoder has.
+        leaky_relu_slope: slope of the up-sample block's LeakyReLU for negative values.
+        upsample_block: "first", at the first decoder level only (the authors' code), or "all" (their text).
+        batch_norm_momentum: share of the moving averages kept at each step.
+        kernel_initializer: of every convolution, plain or transposed.
+    Raises:
+        ValueError: the widths, dropouts or size don't fit together, or upsample_block is unknown.
+    Source: arXiv 2409.06018, section on the modified U-Net, and the authors' code.
+    """
+    keras = load_keras()
+    layers = keras.layers
+    _check(size, encoder_widths, encoder_dropouts, decoder_widths, decoder_dropouts, upsample_block)
+
+    def convolution(x, width, name, *, kernel=3, activation="relu"):
+        return layers.Conv2D(width, kernel, padding="same", activation=activation, name=name,
+                             kernel_initializer=kernel_initializer, dtype=precision)(x)
+
+    def batch_norm(x, name):
+        return layers.BatchNormalization(momentum=batch_norm_momentum, name=name, dtype=precision)(x)
+
+    def level(x, width, dropout, name):
+        x = convolution(x, width, f"{name}_convolution_1")
+        x = batch_norm(x, f"{name}_norm")
+        x = layers.Dropout(dropout, name=f"{name}_dropout", dtype=precision)(x)
+        return convolution(x, width, f"{name}_convolution_2")
+
+    def upsample(x, width, name, block):
+        x = layers.Conv2DTranspose(width, 3 if block else 2, strides=2, padding="same", name=f"{name}_upsample",
+                                   kernel_initializer=kernel_initializer, dtype=precision)(x)
+        if block:
+            x = batch_norm(x, f"{name}_upsample_norm")
+            x = layers.LeakyReLU(leaky_relu_slope, name=f"{name}_upsample_activation", dtype=precision)(x)
+        return x
+
+    inputs = x = keras.Input((*size, channels), name="slices")
+    skips = []
+    for k, (width, dropout) in enumerate(zip(encoder_widths, encoder_dropouts, strict=True), start=1):
+        x = level(x, width, dropout, f"encoder_{k}")
+        if k <= len(decoder_widths):
+            skips.append(x)
+            x = layers.MaxPooling2D(2, name=f"encoder_{k}_pooling", dtype=precision)(x)
+    for k, (width, dropout) in enumerate(zip(decoder_widths, decoder_dropouts, strict=True), start=1):
+        x = upsample(x, width, f"decoder_{k}", block=upsample_block == "all" or k == 1)
+        x = layers.Concatenate(name=f"decoder_{k}_skip", dtype=precision)([x, skips.pop()])
+        x = level(x, width, dropout, f"decoder_{k}")
+    x = convolution(x, classes, "classes", kernel=1, activation=None)
+    # bfloat16 has 8 bits of mantissa: probabilities near 1 would be rounded to it, and the loss with them.
+    outputs = layers.Softmax(name="probabilities", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name="modified_unet")
+
+
+def _check(size, encoder_widths, encoder_dropouts, decoder_widths, decoder_dropouts, upsample_block) -> None:
+    for side, widths, dropouts in (
+        ("encoder", encoder_widths, encoder_dropouts),
+        ("decoder", decoder_widths, decoder_dropouts),
+    ):
+        if len(widths) != len(dropouts):
+            raise ValueError(
+                f"modified_unet: {side}_widths has {len(widths)} levels and {side}_dropouts {len(dropouts)}; "
+                "expected one dropout for each width."
+            )
+    if len(encoder_widths) != len(decoder_widths) + 2:
+        raise ValueError(
+            f"modified_unet: {len(encoder_widths)} encoder levels and {len(decoder_widths)} decoder levels; "
+            "expected two fewer decoder levels, since the last two encoder levels share the coarsest resolution."
+        )
+    stride = 2 ** len(decoder_widths)
+    if any(length < stride or length % stride for length in size):
+        raise ValueError(
+            f"modified_unet: size {list(size)} is not divisible by {stride}, the stride of the coarsest level. "
+            f"Set preprocess.size to multiples of {stride} and preprocess again."
+        )
+    if upsample_block not in ("first", "all"):
+        raise ValueError(f'modified_unet: upsample_block is {upsample_block!r}; expected "first" or "all".')

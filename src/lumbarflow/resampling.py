@@ -1,0 +1,131 @@
+"""Between a sagittal slice as it was scanned and the net's fixed input size, and back.
+
+Interpolation is written as one matrix per axis, so that a slice is resampled by two matrix products, borders and
+antialiasing are explicit numbers, and the way back uses the very same coordinates as the way there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lumbarflow.labels import CLASS_COUNT
+
+
+def axis_weights(n_in: int, n_out: int, step: float) -> np.ndarray:
+    """Weights that resample one axis, the centres of both grids held together.
+
+    Output sample i lies at input coordinate (i - (n_out - 1) / 2) * step + (n_in - 1) / 2. Its weights are a triangle
+    of half-width max(1, step): linear interpolation when sampling finer, a low-pass (antialiased) when coarser.
+
+    Args:
+        n_in, n_out: number of samples. step: input samples per output sample.
+    Returns:
+        float32 (n_out, n_in). Rows sum to 1; rows of samples that lie outside the input's extent are all 0.
+    """
+    position = (np.arange(n_out) - (n_out - 1) / 2) * step + (n_in - 1) / 2
+    # Positions between the outermost centre and the pixel's edge belong to the outermost pixel.
+    inside = (position >= -0.5 - 1e-6) & (position <= n_in - 0.5 + 1e-6)
+    held = np.clip(position, 0, n_in - 1)
+    distance = np.abs(held[:, None] - np.arange(n_in)[None, :])
+    weights = np.maximum(0.0, 1.0 - distance / max(1.0, step))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.where(inside[:, None], weights, 0.0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class InPlaneGrid:
+    """The pair of grids: native sagittal slices and the net's input.
+
+    Attributes:
+        native_shape: (rows, columns). native_spacing_mm: (row, column) pixel size.
+        size: (rows, columns) of the net's input.
+        keep_aspect: True pads so that a millimetre is equally long both ways; False stretches each axis (the paper).
+    """
+
+    native_shape: tuple[int, int]
+    native_spacing_mm: tuple[float, float]
+    size: tuple[int, int]
+    keep_aspect: bool = True
+
+    @cached_property
+    def model_spacing_mm(self) -> tuple[float, float]:
+        """(row, column) pixel size of the net's input."""
+        extent = [n * spacing for n, spacing in zip(self.native_shape, self.native_spacing_mm, strict=True)]
+        spacing = [length / n for length, n in zip(extent, self.size, strict=True)]
+        return (max(spacing), max(spacing)) if self.keep_aspect else tuple(spacing)
+
+    @cached_property
+    def _steps(self) -> tuple[float, float]:
+        return tuple(
+            model / native for model, native in zip(self.model_spacing_mm, self.native_spacing_mm, strict=True)
+        )
+
+    @cached_property
+    def _forward(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(axis_weights(*args) for args in zip(self.native_shape, self.size, self._steps, strict=True))
+
+    @cached_property
+    def _backward(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(
+            axis_weights(n_in, n_out, 1 / step)
+            for n_in, n_out, step in zip(self.size, self.native_shape, self._steps, strict=True)
+        )
+
+    @cached_property
+    def _outside(self) -> np.ndarray:
+        """float32 (H, W): 1 where the net's input lies outside the scan (padding), else 0."""
+        rows, columns = (weights.sum(axis=1) > 0 for weights in self._forward)
+        return 1.0 - np.outer(rows, columns).astype(np.float32)
+
+    def to_model(self, slices: np.ndarray, outside: float = 0.0) -> np.ndarray:
+        """(n, rows, columns) -> float32 (n, H, W); padding gets the value `outside`."""
+        self._check(slices, self.native_shape)
+        resampled = _resample(slices, *self._forward)
+        return resampled + self._outside * np.float32(outside)
+
+    def to_native(self, slices: np.ndarray) -> np.ndarray:
+        """(n, H, W) -> float32 (n, rows, columns), e.g. the probabilities of one class."""
+        self._check(slices, self.size)
+        return _resample(slices, *self._backward)
+
+    def probabilities_to_native(self, probabilities: np.ndarray) -> np.ndarray:
+        """(n, H, W, classes) -> float32 (n, rows, columns, classes)."""
+        planes = [self.to_native(probabilities[..., channel]) for channel in range(probabilities.shape[-1])]
+        return np.stack(planes, axis=-1)
+
+    def labels_to_model(self, labels: np.ndarray) -> np.ndarray:
+        """uint8 (n, rows, columns) -> uint8 (n, H, W): the class with the largest share of each pixel."""
+        self._check(labels, self.native_shape)
+        return self._decide(labels, self._forward, self._outside)
+
+    def labels_to_native(self, labels: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W) -> uint8 (n, rows, columns), the class shares resampled, then decided."""
+        self._check(labels, self.size)
+        return self._decide(labels, self._backward, None)
+
+    @staticmethod
+    def _decide(labels: np.ndarray, weights, outside: np.ndarray | None) -> np.ndarray:
+        # Shares are resampled and then decided; averaging ids 1 and 3 would invent a canal between bone and disc.
+        decided = np.empty((len(labels), len(weights[0]), len(weights[1])), np.uint8)
+        for index, plane in enumerate(labels):
+            shares = _resample(plane[None] == np.arange(CLASS_COUNT, dtype=np.uint8)[:, None, None], *weights)
+            if outside is not None:
+                shares[0] += outside
+            decided[index] = shares.argmax(axis=0)  # ties go to the lower class
+        return decided
+
+    @staticmethod
+    def _check(slices: np.ndarray, shape: tuple[int, int]) -> None:
+        if slices.ndim != 3 or slices.shape[1:] != tuple(shape):
+            raise ValueError(f"this grid takes slices of shape (n, {shape[0]}, {shape[1]}), not {slices.shape}")
+
+
+def _resample(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(n, r, c) -> float32 (n, len(rows), len(columns)), one plane at a time: memory stays that of one plane."""
+    resampled = np.empty((len(planes), len(rows), len(columns)), np.float32)
+    for index, plane in enumerate(planes):
+        resampled[index] = rows @ plane.astype(np.float32, copy=False) @ columns.T
+    return resampled

@@ -1,0 +1,133 @@
+"""A folder with one sub-folder per series, brought up to date by doing only the work whose key has changed.
+
+Every step that prepares data series by series (ingest, preprocessing) keeps its results so. A series' folder appears
+by one rename when it is complete: an interrupted run loses the series in hand and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lumbarflow.files import read_json, write_json
+from lumbarflow.imaging import LabelMap, Volume, read_volume, write_volume
+from lumbarflow.progress import track
+
+logger = logging.getLogger(__name__)
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a series' folder should hold, and how to make it.
+
+    Attributes:
+        key: digest of everything the result depends on (contents of the inputs, parameters).
+        make: returns file name -> Volume, LabelMap, NumPy array or JSON-able value; `record.json` must be among them.
+    """
+
+    key: str
+    make: Callable[[], Mapping[str, Any]]
+
+
+@dataclass
+class Update:
+    """What an update did: names of the series made anew, taken from the last run, and removed as no longer named."""
+
+    made: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+
+
+class SeriesStore:
+    """Read and update such a folder. Reading is lazy: only what is asked for is loaded.
+
+    Args:
+        root: the folder; it need not exist yet.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def series(self) -> list[str]:
+        """Names of the complete series, sorted."""
+        return sorted(path.parent.name for path in self.root.glob(f"[!.]*/{RECORD}"))
+
+    def path(self, series: str, name: str) -> Path:
+        return self.root / series / name
+
+    def record(self, series: str) -> dict:
+        return read_json(self.path(series, RECORD))
+
+    def records(self) -> dict[str, dict]:
+        return {series: self.record(series) for series in self.series()}
+
+    def volume(self, series: str, name: str) -> Volume:
+        return read_volume(self.path(series, name))
+
+    def label_map(self, series: str, name: str) -> LabelMap:
+        return read_volume(self.path(series, name), LabelMap)
+
+    def array(self, series: str, name: str) -> np.ndarray:
+        """A memory-mapped, read-only array."""
+        return np.load(self.path(series, name), mmap_mode="r")
+
+    def update(self, work: Mapping[str, Work], description: str = "series") -> Update:
+        """Make what is missing or outdated, keep what is current, remove series that `work` doesn't name.
+
+        Args:
+            work: series -> Work.
+            description: what the progress bar and the log call these series.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob(".partial-*"):  # an interrupted run's
+            shutil.rmtree(left, ignore_errors=True)
+        update = Update()
+        for series in self.series():
+            if series not in work:
+                shutil.rmtree(self.root / series)
+                update.removed.append(series)
+        outdated = {series: item for series, item in work.items() if self._key(series) != item.key}
+        update.reused = [series for series in work if series not in outdated]
+        for series, item in track(outdated.items(), description):
+            self._write(series, item)
+            update.made.append(series)
+        logger.info(
+            "%s: %d made, %d unchanged and taken from the last run, %d removed",
+            description, len(update.made), len(update.reused), len(update.removed),
+        )  # fmt: skip
+        return update
+
+    def _key(self, series: str) -> str | None:
+        try:
+            return self.record(series).get("key")
+        except (OSError, ValueError):
+            return None
+
+    def _write(self, series: str, work: Work) -> None:
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
+        try:
+            for name, value in work.make().items():
+                if isinstance(value, Volume):
+                    write_volume(value, partial / name)
+                elif isinstance(value, np.ndarray):
+                    np.save(partial / name, value, allow_pickle=False)
+                elif name == RECORD:
+                    # A record may forbid its own reuse (key None): a failure that could pass, such as a full disk.
+                    write_json(partial / name, {"key": work.key, **value})
+                else:
+                    write_json(partial / name, value)
+            partial.chmod(0o755)
+            final = self.root / series
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Nothing phones home. These are read when the libraries are imported, so they stand before any such import; a user's
-# own setting wins only where it is at least as strict.
+# Nothing phones home. The libraries read these when they are imported, so they stand before any such import.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ["KEDRO_DISABLE_TELEMETRY"] = "true"

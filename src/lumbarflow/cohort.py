@@ -166,6 +166,12 @@ def ingest_scan(
         "outcome": ACCEPTED,
         "file": f"images/{scan.image}",
         "orientation": orientation.to_dict(),
+        # The file's own geometry, so that results go back to exactly its numbers.
+        "geometry": {
+            "spacing_mm": list(image.spacing_mm),
+            "origin_mm": list(image.origin_mm),
+            "direction": image.direction.tolist(),
+        },
         "n_slices": int(sagittal.array.shape[0]),
         "rows": int(sagittal.array.shape[1]),
         "columns": int(sagittal.array.shape[2]),

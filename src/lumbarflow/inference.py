@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,13 @@ class Segmenter:
         self.keep_aspect = bool(settings["keep_aspect"])
         self.percentiles = tuple(settings["percentiles"])
         self.batch_size = int(settings["batch_size"])
+
+    def digest(self) -> str:
+        """Hex digest of the net's weights: tells whether predictions were made by this very net."""
+        digest = hashlib.blake2b(digest_size=16)
+        for weights in self.model.get_weights():
+            digest.update(np.ascontiguousarray(weights).tobytes())
+        return digest.hexdigest()
 
     def probabilities(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> np.ndarray:
         """Class probabilities on the slices' own grid.

@@ -57,6 +57,11 @@ class ModelInput:
             )
         return cls(root, manifest)
 
+    def segmenter_settings(self, batch_size: int) -> dict:
+        """How the slices were prepared, as `lumbarflow.inference.Segmenter` wants to know it."""
+        preparation = self.manifest["settings"]["preprocess"]
+        return {name: preparation[name] for name in ("size", "keep_aspect", "percentiles")} | {"batch_size": batch_size}
+
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""
         chosen = self.manifest["sides"][side]

@@ -67,17 +67,15 @@ _SIGNAL = {
     "cortex": (0.09, 0.06, 0.04),
     "marrow": (0.58, 0.42, 0.32),
     "vein": (0.36, 0.80, 0.75),
-    "annulus": (0.27, 0.10, 0.08),
-    "nucleus": (0.36, 0.80, 0.78),
+    "annulus": (0.34, 0.12, 0.09),
+    "nucleus": (0.40, 0.80, 0.78),
     "csf": (0.15, 1.00, 1.10),
     "cord": (0.36, 0.40, 0.36),
 }
 SEQUENCES = ("t1", "t2", "t2_SPACE")
 
 # The storage orders: the letters say towards which side of the patient the indices x, y, z grow.
-STORAGE_ORDERS = tuple(
-    "".join(letters) for axes in permutations(("LR", "PA", "SI")) for letters in product(*axes)
-)
+STORAGE_ORDERS = tuple("".join(letters) for axes in permutations(("LR", "PA", "SI")) for letters in product(*axes))
 _SAGITTAL_ORDER = "RIP"  # the letters of SAGITTAL_AXES
 
 
@@ -143,13 +141,13 @@ def plan_cohort(settings: dict) -> list[SeriesPlan]:
         )
     rng = np.random.default_rng([settings["seed"], 0])
 
-    def chosen(share: float) -> set[int]:
+    def chosen(share: float, most: int) -> set[int]:
         # A share above 0 reaches at least one patient, so that a small cohort still has every kind.
-        count = min(patients, max(math.ceil(share - 1e-9), round(share * patients))) if share > 0 else 0
+        count = min(most, max(1, round(share * patients))) if share > 0 else 0
         return set(rng.permutation(patients)[:count].tolist())
 
-    validation = chosen(settings["validation_share"])
-    members = {sequence: chosen(shares.get(sequence, 0)) for sequence in SEQUENCES}
+    validation = chosen(settings["validation_share"], patients - 1)
+    members = {sequence: chosen(shares.get(sequence, 0), patients) for sequence in SEQUENCES}
     return [
         _plan_series(patient, sequence, "validation" if patient in validation else "training", settings)
         for patient in range(patients)
@@ -376,11 +374,11 @@ class _Disc:
         """Weight 0..1 of the nucleus pulposus; a cleft and then a collapse mark the higher grades."""
         u, w = self.frame.to_local(y, z)
         radius = (
-            np.square((u - 0.04 * self.depth) / (0.36 * self.depth))
-            + np.square(x / (0.36 * self.width))
-            + np.square(w / (0.55 * self.height))
+            np.square((u - 0.03 * self.depth) / (0.40 * self.depth)) ** 2
+            + np.square(x / (0.40 * self.width)) ** 2
+            + np.square(w / (0.6 * self.height))
         )
-        weight = np.clip(1.35 - radius, 0, 1)
+        weight = np.clip(1.5 * (1.2 - radius), 0, 1)
         if self.grade >= 2:
             weight = weight * (1 - 0.4 * np.exp(-np.square(w / (0.12 * self.height))))
         return weight
@@ -416,6 +414,7 @@ class _Canal:
     centre: _Curve
     half_depth: _Curve
     cosine: _Curve
+    fat: _Curve  # thickness behind the sac: pads between the laminae
     half_width: float
     end: float
 
@@ -482,7 +481,7 @@ def _draw_patient(seed: int, name: str, settings: dict) -> _Patient:
         gap *= 1 - 0.08 * (grade - 1)
         wedge = lordosis * (disc_wedge + float(rng.normal(0, 0.01)))
         disc_frame, base = top.climb(gap, wedge)
-        frame, top = base.climb(height, lordosis * body_wedge if number <= _LUMBAR_LEVELS else -math.radians(2.5))
+        frame, top = base.climb(height, lordosis * body_wedge)
         lumbar = number <= _LUMBAR_LEVELS
         slope = 0.12 if lumbar else min(0.2 + 0.15 * (number - _LUMBAR_LEVELS), 0.8)
         length = (19 if number == 1 else 25 if lumbar else 22) * size * float(rng.uniform(0.92, 1.1))
@@ -550,8 +549,8 @@ def _draw_sacrum(top: _Frame, size: float) -> list[_Body]:
                 taper=(above - below) / 2 / height, waist=0.8, concavity=0.6, rounding=2.0,
             )
         )  # fmt: skip
-        gap = _Frame(*bottom.to_plane(0, -2.5), bottom.tilt)
-        top = replace(gap, tilt=bodies[0].frame.tilt)
+        # A remnant of the disc, two millimetres high, lies between the fused segments.
+        top = _Frame(*bottom.to_plane(0, -2.0), bodies[0].frame.tilt)
     return bodies
 
 
@@ -571,7 +570,8 @@ def _draw_canal(vertebrae, discs, sacrum, depth, half_width, end, rng) -> _Canal
     slope = np.gradient(centre.values.astype(float), centre.step)
     cosine = replace(centre, values=(1 / np.hypot(1, slope)).astype(np.float32))
     half = _Curve.through(heights, [ap / 2 for _, _, ap in points], 4.0)
-    return _Canal(centre, half, cosine, half_width, end)
+    fat = [0.5] * len(vertebrae) + [4.5] * len(discs) + [3.0] * len(sacrum)
+    return _Canal(centre, half, cosine, _Curve.through(heights, fat, 3.0), half_width, end)
 
 
 def _superellipse(u, x, half_depth, half_width):
@@ -600,39 +600,35 @@ def _capsule(point, start, end, radius: float):
 
 
 def _measure(patient: _Patient, frame: _Frame, depth: float, distance, prefix: str) -> dict:
-    chords = {}
-    for name, share in (("anterior", -0.35), ("middle", 0.0), ("posterior", 0.35)):
-        chords[f"{prefix}height_{name}"] = _chord(patient, frame, (share * depth, 0.0), (0.0, 1.0), distance)
+    chords = {
+        f"{prefix}height_{name}": _chord(patient, frame, (share * depth, 0.0), (0.0, 1.0), distance)
+        for name, share in (("anterior", -0.35), ("middle", 0.0), ("posterior", 0.35))
+    }
     chords[f"{prefix}depth"] = _chord(patient, frame, (0.0, 0.0), (1.0, 0.0), distance)
-    y, z = frame.y, frame.z
-    along = np.linspace(0, 60, 601)
-    inside = patient.canal.distance(0.0, *frame.to_plane(along, 0 * along)) < 0
-    middle = float(along[inside].mean())
+    behind = np.linspace(depth / 2, depth / 2 + 30, 301)
+    inside = patient.canal.distance(0.0, *frame.to_plane(behind, 0.0)) < 0
+    middle = float(behind[inside].mean())
     chords["canal_ap"] = _chord(patient, frame, (middle, 0.0), (1.0, 0.0), patient.canal.distance)
-    del y, z
     return chords
 
 
-def _chord(patient: _Patient, frame: _Frame, through, direction, distance, reach_mm: float = 40.0) -> dict:
-    """The chord through an inner point: both ends are found by bisection on the signed distance."""
+def _chord(patient: _Patient, frame: _Frame, through, direction, distance) -> dict:
+    """The chord of a region through an inner point (u, w): its two ends where the signed distance changes sign."""
+
+    def point(step):
+        return frame.to_plane(through[0] + step * direction[0], through[1] + step * direction[1])
+
     ends = []
     for sign in (-1, 1):
-        inner, outer = 0.0, reach_mm
-        # The region is convex along these lines: step out to the first point outside, then halve.
-        steps = np.linspace(0, reach_mm, 161)
-        line = [through[axis] + sign * direction[axis] * steps for axis in (0, 1)]
-        outside = np.flatnonzero(distance(0.0, *frame.to_plane(*line)) > 0)
-        outer = float(steps[outside[0]])
-        inner = outer - float(steps[1])
-        for _ in range(20):
+        # Step out to the first point outside, then halve the last step.
+        steps = sign * np.arange(0, 60, 0.25)
+        first = int(np.flatnonzero(distance(0.0, *point(steps)) > 0)[0])
+        inner, outer = float(steps[first - 1]), float(steps[first])
+        for _ in range(16):
             half = (inner + outer) / 2
-            u, w = (through[axis] + sign * direction[axis] * half for axis in (0, 1))
-            if distance(0.0, *frame.to_plane(u, w)) > 0:
-                outer = half
-            else:
-                inner = half
-        ends.append(patient.to_lps(*frame.to_plane(*(through[a] + sign * direction[a] * inner for a in (0, 1)))))
-    return {"mm": round(math.dist(*ends), 4), "from": ends[0], "to": ends[1]}
+            inner, outer = (inner, half) if distance(0.0, *point(half)) > 0 else (half, outer)
+        ends.append(patient.to_lps(*point(inner)))
+    return {"mm": round(math.dist(*ends), 3), "from": ends[0], "to": ends[1]}
 
 
 # --- Planning a series ----------------------------------------------------------------------------------------------
@@ -671,10 +667,8 @@ def _plan_series(index: int, sequence: str, subset: str, settings: dict) -> Seri
     edge = heights[count - 1].min() + draw((0.35, 0.65)) * np.ptp(heights[count - 1]) if partial else above
     sacral = np.array(patient.to_lps(patient.sacrum[0].upper.y, patient.sacrum[0].upper.z))
     floor = sacral @ -row - draw(view["below_sacral_endplate_mm"])
-    vertebrae = sum(int(height.min() < edge) for height in heights)
-    whole = sum(int(height.max() < edge) for height in heights)
 
-    seen = patient.vertebrae[:vertebrae]
+    seen = patient.vertebrae[:count]
     walls = [patient.to_lps(*body.frame.to_plane(-body.depth / 2, 0)) for body in seen]
     tips = [
         patient.to_lps(*body.frame.to_plane(body.depth / 2 + body.arch + body.process[0], -0.4 * body.height))
@@ -684,14 +678,15 @@ def _plan_series(index: int, sequence: str, subset: str, settings: dict) -> Seri
     back = (np.array(tips) @ column).max() + draw(view["behind_mm"])
 
     rows = int(rng.integers(settings["matrix"]["rows"][0], settings["matrix"]["rows"][1] + 1))
-    row_spacing = round((edge - floor) / rows, 4)
+    row_spacing = round(float(edge - floor) / rows, 4)
+    # Reached is what holds a voxel's centre, half a row below the edge.
+    top = edge - row_spacing / 2
     column_spacing = round(row_spacing * (1 + draw((-1, 1)) * settings["matrix"]["anisotropy"]), 4)
     slices = int(rng.integers(acquisition["slices"][0], acquisition["slices"][1] + 1))
     slice_spacing = round(draw(acquisition["spacing_mm"]), 2)
     middle = seen[len(seen) // 2]
     pivot = np.array(patient.to_lps(*middle.frame.to_plane(middle.depth / 2, 0)))
     centre = (pivot @ slice_axis) * slice_axis - (edge + floor) / 2 * row + (front + back) / 2 * column
-    discs = sum(int(np.array(patient.to_lps(disc.frame.y, disc.frame.z)) @ -row < edge) for disc in patient.discs)
     return SeriesPlan(
         name=f"{name}_{sequence}",
         patient=name,
@@ -699,7 +694,7 @@ def _plan_series(index: int, sequence: str, subset: str, settings: dict) -> Seri
         subset=subset,
         sex=patient.sex,
         seed=int(settings["seed"]),
-        size=(slices, rows, round((back - front) / column_spacing)),
+        size=(slices, rows, round(float(back - front) / column_spacing)),
         spacing_mm=(slice_spacing, row_spacing, column_spacing),
         slice_thickness_mm=round(slice_spacing * draw(acquisition["thickness_share"]), 2),
         centre_mm=tuple(round(float(value), 4) for value in centre),
@@ -707,9 +702,10 @@ def _plan_series(index: int, sequence: str, subset: str, settings: dict) -> Seri
         storage_order=str(rng.choice(STORAGE_ORDERS)),
         dtype=str(rng.choice(["int16", "uint16"])),
         intensity=round(draw(settings["intensity"]), 1),
-        vertebrae=vertebrae,
-        whole_vertebrae=whole,
-        discs=discs,
+        vertebrae=sum(int(height.min() < top) for height in heights),
+        whole_vertebrae=sum(int(height.max() < edge) for height in heights),
+        # A disc begins where the body below it ends; the sacrum is always in view.
+        discs=1 + sum(int(height[3:].min() < top) for height in heights[: len(patient.discs) - 1]),
     )
 
 
@@ -744,7 +740,12 @@ def _stored(kind: type, array: np.ndarray, plan: SeriesPlan):
 # --- Painting -------------------------------------------------------------------------------------------------------
 
 # Correlation lengths (mm) along x, y and z of the textures.
-_TEXTURES = {"fine": (2.5, 2.5, 2.5), "coarse": (16.0, 13.0, 13.0), "strands": (3.0, 3.5, 26.0)}
+_TEXTURES = {
+    "fine": (2.5, 2.5, 2.5),
+    "patches": (7.0, 6.0, 7.0),
+    "coarse": (16.0, 13.0, 13.0),
+    "strands": (3.0, 3.5, 26.0),
+}
 
 
 class _Canvas:
@@ -809,8 +810,10 @@ def _paint_soft_tissue(canvas, patient, signal, textures) -> None:
     def paint(distance, value, weight=1.0):
         canvas.paint(everywhere, distance, value, weight=weight)
 
-    viscera = signal["viscera"] + 0.5 * (signal["fat"] - signal["viscera"]) * np.clip(1.6 * coarse, -0.6, 1)
-    paint(y - front + 13 + 4 * coarse, viscera)
+    # Bowel and mesenteric fat in patches.
+    share = np.clip(0.35 + 1.2 * coarse + 0.9 * textures["patches"], 0, 1)
+    viscera = signal["viscera"] + share * (signal["fat"] - signal["viscera"])
+    paint(y - front + 7 + 7 * coarse, viscera)
     strength = np.clip(patient.infiltration + 0.35 * strands + 0.1 * coarse, 0, 0.9)
     muscle = signal["muscle"] * (1 + 0.12 * strands)
     paint(np.maximum(y - fascia + 1, canal + 8 - y), muscle + strength * (signal["fat"] - muscle))
@@ -821,14 +824,14 @@ def _paint_soft_tissue(canvas, patient, signal, textures) -> None:
     paint(np.maximum(side - 3.5, np.maximum(y - fascia, canal - y)), between)
     paint(np.maximum(np.abs(y - fascia) - 0.9, side - 25), signal["ligament"])
     _paint_vessels(canvas, patient, signal, front)
+    # The anterior longitudinal ligament binds the column.
+    paint(np.maximum(np.abs(y - front + 1) - 1.2, side - 12), signal["cortex"])
     for dx, dy, dz, *radii, kind in patient.loops:
         middle = (float(patient.midline(dz)) + dx, float(patient.front(dz)) - dy - max(radii), dz)
         box = canvas.box(*((m - r - 2, m + r + 2) for m, r in zip(middle, radii, strict=True)))
         if box is None:
             continue
-        scaled = sum(
-            np.square((p - m) / r) for p, m, r in zip(canvas.at(box), (dx, *middle[1:]), radii, strict=True)
-        )
+        scaled = sum(np.square((p - m) / r) for p, m, r in zip(canvas.at(box), (dx, *middle[1:]), radii, strict=True))
         loop = (np.sqrt(scaled) - 1) * min(radii)
         canvas.paint(box, loop, signal["muscle"])
         canvas.paint(box, loop + 2, signal[("fluid", "viscera", "air")[int(kind)]] * (0.8 + 0.3 * coarse[box]))
@@ -843,7 +846,7 @@ def _paint_vessels(canvas, patient, signal, front) -> None:
     """Aorta (left) and vena cava (right) in front of the column, dark by flow, down to the fourth lumbar vertebra."""
     bifurcation = patient.vertebrae[1].frame.z
     spread = np.clip((bifurcation - canvas.z) / 60, 0, 1)
-    for offset, radius in ((9.0, 8.0), (-15.0, 9.0)):
+    for offset, radius in ((6.0, 8.0), (-16.0, 9.0)):
         centre = offset + math.copysign(28, offset) * spread
         depth = canvas.y - (front - radius - 3.5 + 14 * spread)
         tube = np.hypot(canvas.x - centre, depth) - radius * (1 - 0.4 * spread)
@@ -854,24 +857,28 @@ def _paint_vessels(canvas, patient, signal, front) -> None:
 
 def _paint_bones_and_discs(canvas, patient, signal, textures) -> None:
     canal = patient.canal
-    top = patient.vertebrae[-1].upper.z
+    top, crest_top = patient.vertebrae[-1].upper.z, patient.sacrum[0].frame.z + 4
     box = canvas.box((-60, 60), (-200, 200), (canal.end - 40, top))
     if box is not None:
         # Fat lies behind the dura, and the sacral crest behind the fat.
         x, y, z = canvas.at(box)
         offset, half = canal.local(y, z)
-        fat = (np.sqrt(np.square((offset - 2.0) / (half + 2.8)) + np.square(x / (canal.half_width + 2.5))) - 1) * half
-        canvas.paint(box, fat, signal["fat"])
-        crest = np.maximum(np.abs(offset - half - 8) - 4.5, z - patient.sacrum[0].frame.z - 2)
-        crest = np.maximum(crest, np.abs(x) - 14)
+        pad = canal.fat(z) / 2
+        fat = np.sqrt(np.square((offset - pad) / (half + pad)) + np.square(x / (canal.half_width + 2.5))) - 1
+        canvas.paint(box, fat * half, signal["fat"])
+        behind = np.abs(offset - half - 7.5) - np.clip(0.12 * (crest_top - z), 1.0, 5.0)
+        crest = _rounded(_rounded(behind, z - crest_top, 3.0), np.abs(x) - 12, 3.0)
         canvas.paint(box, crest, signal["cortex"])
         canvas.paint(box, crest + 1.2, signal["marrow"])
+    for body in patient.sacrum:
+        _paint_remnant(canvas, patient, body, signal)
     for body in patient.sacrum:
         _paint_bone(canvas, patient, body, signal, textures, None)
     for body in patient.vertebrae:
         _paint_bone(canvas, patient, body, signal, textures, body.number)
     for disc in patient.discs:
         _paint_disc(canvas, patient, disc, signal, textures)
+        _paint_roots(canvas, patient, disc, signal)
 
 
 def _paint_bone(canvas, patient, body, signal, textures, number) -> None:
@@ -884,7 +891,7 @@ def _paint_bone(canvas, patient, body, signal, textures, number) -> None:
     x, y, z = canvas.at(box)
     distance = body.distance(x, y, z)
     marrow = signal["marrow"] * patient.marrow
-    marrow = marrow * (1 + 0.1 * textures["fine"][box] + 0.12 * textures["coarse"][box])
+    marrow = marrow * (1 + 0.2 * textures["fine"][box] + 0.15 * textures["coarse"][box])
     if number:
         arch = body.arch_distance(x, y, z)
         whole = np.minimum(distance, arch)
@@ -901,9 +908,21 @@ def _paint_bone(canvas, patient, body, signal, textures, number) -> None:
         canvas.paint(box, 1.9 * vein, signal["vein"], weight=0.8)
 
 
+def _paint_remnant(canvas, patient, body, signal) -> None:
+    """The rest of a disc below a sacral segment."""
+    half = body.depth / 2 - body.taper * body.height / 2
+    box = _box(canvas, patient, body.lower, (-half - 3, half + 3), (-6, 4))
+    if box is None:
+        return
+    x, y, z = canvas.at(box)
+    u, w = body.lower.to_local(y, z)
+    slab = _rounded(_superellipse(u, x, half, body.width / 2), np.abs(w + 1.5) - 2.2, 1.0)
+    canvas.paint(box, slab, signal["annulus"])
+
+
 def _paint_disc(canvas, patient, disc, signal, textures) -> None:
     box = _box(canvas, patient, disc.frame, (-disc.depth / 2 - 3, disc.depth / 2 + 3),
-               (-disc.height - 6, disc.height + 6))  # fmt: skip
+               (-disc.height - 9, disc.height + 9))  # fmt: skip
     if box is None:
         return
     x, y, z = canvas.at(box)
@@ -911,7 +930,28 @@ def _paint_disc(canvas, patient, disc, signal, textures) -> None:
     bright = signal["annulus"] + (1 - (disc.grade - 1) / 4) ** 1.3 * (signal["nucleus"] - signal["annulus"])
     value = signal["annulus"] + disc.nucleus(x, y, z) * (bright - signal["annulus"])
     value = value * (1 + 0.1 * textures["fine"][box])
-    canvas.paint(box, disc.distance(x, y, z), value, DISC_OFFSET + disc.number)
+    distance = disc.distance(x, y, z)
+    if disc.grade >= 4:
+        # Fatty marrow along the endplates of a worn disc (Modic type 2).
+        bone = np.minimum(disc.below.distance(x, y, z), disc.above.distance(x, y, z))
+        canvas.paint(box, bone + 1.1, signal["fat"], weight=0.45 * np.exp(-np.square((distance - 3) / 3)))
+    canvas.paint(box, distance, value, DISC_OFFSET + disc.number)
+
+
+def _paint_roots(canvas, patient, disc, signal) -> None:
+    """The two nerve roots that leave above a disc, with a vessel, in the fat of the foramina."""
+    wall, height = disc.depth / 2, disc.above.height
+    box = _box(canvas, patient, disc.frame, (wall, wall + 16), (0, 0.8 * height))
+    if box is None:
+        return
+    x, y, z = canvas.at(box)
+    u, w = disc.frame.to_local(y, z)
+    u, w = u - wall - 6, w - 0.35 * height
+    free = canvas.labels[box] == 0
+    side = np.maximum(np.abs(np.abs(x) - 19) - 6, 0)
+    canvas.paint(box, np.sqrt(np.square(u / 1.1) + np.square(w) + np.square(side)) - 3, signal["cord"], weight=free)
+    vessel = np.sqrt(np.square(u + 2) + np.square(w - 5.5) + np.square(side)) - 1.2
+    canvas.paint(box, vessel, signal["blood"], weight=free)
 
 
 def _paint_canal(canvas, patient, signal, textures) -> None:

@@ -1,7 +1,7 @@
 """Between a sagittal slice as it was scanned and the net's fixed input size, and back.
 
-Interpolation is written as one matrix per axis, so that a slice is resampled by two matrix products, borders and
-antialiasing are explicit numbers, and the way back uses the very same coordinates as the way there.
+Interpolation is written as one matrix of weights per axis, so that borders and antialiasing are explicit numbers, and
+the way back uses the very same coordinates as the way there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lumbarflow.labels import CLASS_COUNT
+from lumbarflow.labels import FOREGROUND
 
 
 def axis_weights(n_in: int, n_out: int, step: float) -> np.ndarray:
@@ -64,20 +64,20 @@ class InPlaneGrid:
         )
 
     @cached_property
-    def _forward(self) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(axis_weights(*args) for args in zip(self.native_shape, self.size, self._steps, strict=True))
+    def _forward(self) -> tuple[_Taps, _Taps]:
+        return tuple(_Taps.of(*args) for args in zip(self.native_shape, self.size, self._steps, strict=True))
 
     @cached_property
-    def _backward(self) -> tuple[np.ndarray, np.ndarray]:
+    def _backward(self) -> tuple[_Taps, _Taps]:
         return tuple(
-            axis_weights(n_in, n_out, 1 / step)
+            _Taps.of(n_in, n_out, 1 / step)
             for n_in, n_out, step in zip(self.size, self.native_shape, self._steps, strict=True)
         )
 
     @cached_property
     def _outside(self) -> np.ndarray:
         """float32 (H, W): 1 where the net's input lies outside the scan (padding), else 0."""
-        rows, columns = (weights.sum(axis=1) > 0 for weights in self._forward)
+        rows, columns = (taps.weights.sum(axis=1) > 0 for taps in self._forward)
         return 1.0 - np.outer(rows, columns).astype(np.float32)
 
     def to_model(self, slices: np.ndarray, outside: float = 0.0) -> np.ndarray:
@@ -99,22 +99,22 @@ class InPlaneGrid:
     def labels_to_model(self, labels: np.ndarray) -> np.ndarray:
         """uint8 (n, rows, columns) -> uint8 (n, H, W): the class with the largest share of each pixel."""
         self._check(labels, self.native_shape)
-        return self._decide(labels, self._forward, self._outside)
+        return self._decide(labels, self._forward)
 
     def labels_to_native(self, labels: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W) -> uint8 (n, rows, columns), the class shares resampled, then decided."""
         self._check(labels, self.size)
-        return self._decide(labels, self._backward, None)
+        return self._decide(labels, self._backward)
 
     @staticmethod
-    def _decide(labels: np.ndarray, weights, outside: np.ndarray | None) -> np.ndarray:
+    def _decide(labels: np.ndarray, taps: tuple[_Taps, _Taps]) -> np.ndarray:
         # Shares are resampled and then decided; averaging ids 1 and 3 would invent a canal between bone and disc.
-        decided = np.empty((len(labels), len(weights[0]), len(weights[1])), np.uint8)
+        foreground = np.array(FOREGROUND, np.uint8)[:, None, None]
+        decided = np.empty((len(labels), len(taps[0].weights), len(taps[1].weights)), np.uint8)
         for index, plane in enumerate(labels):
-            shares = _resample(plane[None] == np.arange(CLASS_COUNT, dtype=np.uint8)[:, None, None], *weights)
-            if outside is not None:
-                shares[0] += outside
-            decided[index] = shares.argmax(axis=0)  # ties go to the lower class
+            shares = _resample(plane == foreground, *taps)
+            background = 1.0 - shares.sum(axis=0, keepdims=True)  # padding included: nothing else is there
+            decided[index] = np.concatenate([background, shares]).argmax(axis=0)  # ties go to the lower class
         return decided
 
     @staticmethod
@@ -123,9 +123,40 @@ class InPlaneGrid:
             raise ValueError(f"this grid takes slices of shape (n, {shape[0]}, {shape[1]}), not {slices.shape}")
 
 
-def _resample(planes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(n, r, c) -> float32 (n, len(rows), len(columns)), one plane at a time: memory stays that of one plane."""
-    resampled = np.empty((len(planes), len(rows), len(columns)), np.float32)
+@dataclass(frozen=True)
+class _Taps:
+    """The few weights of `axis_weights` that aren't 0: a dense product would multiply zeros for most of its time.
+
+    Attributes:
+        indices: (n_out, taps) input samples. weights: float32 (n_out, taps).
+    """
+
+    indices: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, n_in: int, n_out: int, step: float) -> _Taps:
+        dense = axis_weights(n_in, n_out, step)
+        first = (dense > 0).argmax(axis=1)
+        taps = np.arange(int((dense > 0).sum(axis=1).max()))
+        # A tap beyond the last sample repeats it with weight 0.
+        indices = np.minimum(first[:, None] + taps, n_in - 1)
+        within = first[:, None] + taps <= n_in - 1
+        return cls(indices, np.where(within, np.take_along_axis(dense, indices, axis=1), np.float32(0)))
+
+
+def _resample(planes: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:
+    """(n, r, c) -> float32 (n, rows, columns), one plane at a time: memory stays that of one plane."""
+    resampled = np.empty((len(planes), len(rows.weights), len(columns.weights)), np.float32)
     for index, plane in enumerate(planes):
-        resampled[index] = rows @ plane.astype(np.float32, copy=False) @ columns.T
+        half = _along_rows(plane.astype(np.float32, copy=False), rows)
+        resampled[index] = _along_rows(np.ascontiguousarray(half.T), columns).T
     return resampled
+
+
+def _along_rows(plane: np.ndarray, taps: _Taps) -> np.ndarray:
+    """float32 (r, c) -> (n_out, c)."""
+    result = np.zeros((len(taps.weights), plane.shape[1]), np.float32)
+    for indices, weights in zip(taps.indices.T, taps.weights.T, strict=True):
+        result += plane[indices] * weights[:, None]
+    return result

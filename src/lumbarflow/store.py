@@ -93,7 +93,7 @@ class SeriesStore:
         update = Update()
         for series in self.series():
             if series not in work:
-                shutil.rmtree(self.root / series)
+                self._remove(series)
                 update.removed.append(series)
         outdated = {series: item for series, item in work.items() if self._key(series) != item.key}
         update.reused = [series for series in work if series not in outdated]
@@ -111,6 +111,9 @@ class SeriesStore:
             return self.record(series).get("key")
         except (OSError, ValueError):
             return None
+
+    def _remove(self, series: str) -> None:
+        shutil.rmtree(self.root / series)
 
     def _write(self, series: str, work: Work) -> None:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
@@ -131,3 +134,37 @@ class SeriesStore:
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+class SpiderLayoutStore(SeriesStore):
+    """The same for a folder in the SPIDER layout: a series' files go to images/, masks/ and anatomy/.
+
+    The record lies in `anatomy/<series>.json`. Files of series without a record belong to somebody else and are never
+    touched.
+    """
+
+    FOLDERS = {"image.mha": ("images", ".mha"), "mask.mha": ("masks", ".mha"), RECORD: ("anatomy", ".json")}
+
+    def series(self) -> list[str]:
+        return sorted(path.stem for path in self.root.glob("anatomy/[!.]*.json"))
+
+    def path(self, series: str, name: str) -> Path:
+        folder, suffix = self.FOLDERS[name]
+        return self.root / folder / f"{series}{suffix}"
+
+    def foreign_images(self) -> list[str]:
+        """Names of image files that this store did not write."""
+        own = set(self.series())
+        return sorted(path.name for path in self.root.glob("images/[!.]*") if path.stem not in own)
+
+    def _remove(self, series: str) -> None:
+        for name in (RECORD, "image.mha", "mask.mha"):
+            self.path(series, name).unlink(missing_ok=True)
+
+    def _write(self, series: str, work: Work) -> None:
+        # Each file appears by its own rename; the record, which makes the series count, comes last.
+        files = dict(work.make())
+        record = files.pop(RECORD)
+        for name, value in files.items():
+            write_volume(value, self.path(series, name))
+        write_json(self.path(series, RECORD), {"key": work.key, **record})

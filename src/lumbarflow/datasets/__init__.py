@@ -1,0 +1,17 @@
+"""The project's Kedro datasets: the one seam between its data and the disk."""
+
+from lumbarflow.datasets.model import KerasModelDataset, ModelInputDataset
+from lumbarflow.datasets.series_store import SeriesStoreDataset, SyntheticCohortDataset
+from lumbarflow.datasets.tables import OptionalCSVDataset
+from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeDataset
+
+__all__ = [
+    "DigestDataset",
+    "FileFolderDataset",
+    "KerasModelDataset",
+    "ModelInputDataset",
+    "OptionalCSVDataset",
+    "SeriesStoreDataset",
+    "SyntheticCohortDataset",
+    "VolumeDataset",
+]

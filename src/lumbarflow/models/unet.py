@@ -74,26 +74,22 @@ def modified_unet(
         ValueError: the widths, dropouts or size don't fit together, or upsample_block is unknown.
     Source: arXiv 2409.06018, section on the modified U-Net, and the authors' code.
     """
+    _check(size, encoder_widths, encoder_dropouts, decoder_widths, decoder_dropouts, upsample_block)
     keras = load_keras()
     layers = keras.layers
-    _check(size, encoder_widths, encoder_dropouts, decoder_widths, decoder_dropouts, upsample_block)
-
-    def convolution(x, width, name, *, kernel=3, activation="relu"):
-        return layers.Conv2D(width, kernel, padding="same", activation=activation, name=name,
-                             kernel_initializer=kernel_initializer, dtype=precision)(x)
+    shared = {"padding": "same", "kernel_initializer": kernel_initializer, "dtype": precision}
 
     def batch_norm(x, name):
         return layers.BatchNormalization(momentum=batch_norm_momentum, name=name, dtype=precision)(x)
 
     def level(x, width, dropout, name):
-        x = convolution(x, width, f"{name}_convolution_1")
+        x = layers.Conv2D(width, 3, activation="relu", name=f"{name}_convolution_1", **shared)(x)
         x = batch_norm(x, f"{name}_norm")
         x = layers.Dropout(dropout, name=f"{name}_dropout", dtype=precision)(x)
-        return convolution(x, width, f"{name}_convolution_2")
+        return layers.Conv2D(width, 3, activation="relu", name=f"{name}_convolution_2", **shared)(x)
 
     def upsample(x, width, name, block):
-        x = layers.Conv2DTranspose(width, 3 if block else 2, strides=2, padding="same", name=f"{name}_upsample",
-                                   kernel_initializer=kernel_initializer, dtype=precision)(x)
+        x = layers.Conv2DTranspose(width, 3 if block else 2, strides=2, name=f"{name}_upsample", **shared)(x)
         if block:
             x = batch_norm(x, f"{name}_upsample_norm")
             x = layers.LeakyReLU(leaky_relu_slope, name=f"{name}_upsample_activation", dtype=precision)(x)
@@ -110,7 +106,7 @@ def modified_unet(
         x = upsample(x, width, f"decoder_{k}", block=upsample_block == "all" or k == 1)
         x = layers.Concatenate(name=f"decoder_{k}_skip", dtype=precision)([x, skips.pop()])
         x = level(x, width, dropout, f"decoder_{k}")
-    x = convolution(x, classes, "classes", kernel=1, activation=None)
+    x = layers.Conv2D(classes, 1, name="classes", **shared)(x)
     # bfloat16 has 8 bits of mantissa: probabilities near 1 would be rounded to it, and the loss with them.
     outputs = layers.Softmax(name="probabilities", dtype="float32")(x)
     return keras.Model(inputs, outputs, name="modified_unet")

@@ -1,0 +1,80 @@
+"""A SeriesStore as a Kedro dataset: saving does only the work that is outdated, loading reads lazily."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from kedro.io import AbstractDataset
+
+from lumbarflow.files import write_atomically
+from lumbarflow.store import SeriesStore, SpiderLayoutStore, Work
+
+
+logger = logging.getLogger(__name__)
+
+
+class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
+    """A folder with one sub-folder per series (see `lumbarflow.store`).
+
+    YAML:
+        ingested_series:
+          type: lumbarflow.datasets.SeriesStoreDataset
+          path: data/02_intermediate/series
+          description: ingest
+
+    Args:
+        path: the folder.
+        description: what progress and log call the work.
+    """
+
+    def __init__(self, *, path: str, description: str = "series", metadata: dict[str, Any] | None = None):
+        self._path = Path(path)
+        self._description = description
+        self.metadata = metadata
+
+    def load(self) -> SeriesStore:
+        return SeriesStore(self._path)
+
+    def save(self, data: Mapping[str, Work]) -> None:
+        SeriesStore(self._path).update(data, self._description)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path), "description": self._description}
+
+    def _exists(self) -> bool:
+        return bool(SeriesStore(self._path).series())
+
+
+class SyntheticCohortDataset(SeriesStoreDataset):
+    """Synthetic scans in the SPIDER layout, with `overview.csv` made from the rows in their records.
+
+    Saving an empty mapping leaves the folder as it is. A folder that holds images of somebody else is left alone too:
+    synthetic scans are never mixed into a person's data.
+
+    YAML:
+        raw_images@synthetic:
+          type: lumbarflow.datasets.SyntheticCohortDataset
+          path: data/01_raw
+    """
+
+    def load(self) -> SpiderLayoutStore:
+        return SpiderLayoutStore(self._path)
+
+    def save(self, data: Mapping[str, Work]) -> None:
+        store = self.load()
+        foreign = store.foreign_images()
+        if not data:
+            return
+        if foreign:
+            logger.info("%s holds %d images of yours: nothing is synthesized", self._path, len(foreign))
+            return
+        store.update(data, self._description)
+        overview = pd.DataFrame([record["overview"] for record in store.records().values()])
+        write_atomically(self._path / "overview.csv", lambda partial: overview.to_csv(partial, index=False))
+
+    def _exists(self) -> bool:
+        return bool(self.load().series())

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from lumbarflow.pipelines.evaluate.nodes import draw_figures, predict_test, score_cases
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """Segment the test patients on their native grids and score them."""
+    return pipeline(
+        [
+            node(
+                predict_test,
+                inputs=["model", "model_input", "ingested_series", "split", "params:evaluation"],
+                outputs="predictions",
+                name="predict_test",
+            ),
+            node(
+                score_cases,
+                inputs=["predictions", "ingested_series", "prepared_series", "split"],
+                outputs=[
+                    "metrics_by_case",
+                    "metrics_by_case_csv",
+                    "metrics_by_class",
+                    "metrics_by_class_csv",
+                    "confusion_matrix",
+                    "evaluation_summary",
+                ],
+                name="score_cases",
+            ),
+            node(
+                draw_figures,
+                inputs=["predictions", "ingested_series", "metrics_by_case", "split", "confusion_matrix"],
+                outputs=["overlays_figure", "confusion_figure"],
+                name="draw_figures",
+            ),
+        ],
+        tags="evaluate",
+    )

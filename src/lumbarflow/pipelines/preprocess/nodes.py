@@ -1,0 +1,81 @@
+"""From checked series to the self-contained training folder."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lumbarflow import preparation, selection, split, tracking
+from lumbarflow.files import value_digest
+from lumbarflow.labels import LabelTable
+from lumbarflow.model_input import SIDES
+from lumbarflow.store import SeriesStore, Work
+
+logger = logging.getLogger(__name__)
+
+# Raise it when preparation.py turns the same series into other arrays, or stale ones would be taken for current.
+PREPARATION_VERSION = 1
+
+
+def split_series(series_index: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
+    """Assign every slice to training, validation or test."""
+    table = split.split_slices(series_index, settings)
+    for side in SIDES:
+        rows = table[table["side"] == side]
+        logger.info(
+            "%s: %d patients, %d series, %d slices",
+            side, rows["patient"].nunique(), rows["series"].nunique(), len(rows),
+        )  # fmt: skip
+    return table
+
+
+def index_slices(table: pd.DataFrame, series: SeriesStore, settings: dict[str, Any]) -> pd.DataFrame:
+    """Apply the slice filters, keeping every slice in the table."""
+    counts = {name: np.array(series.record(name)["class_counts"]) for name in table["series"].unique()}
+    index = selection.index_slices(table, counts, settings)
+    for (side, reason), rows in index[~index["kept"]].groupby(["side", "reason"]):
+        logger.info("%s: %d slices left out, %s", side, len(rows), reason)
+    return index
+
+
+def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: dict[str, Any]) -> dict[str, Work]:
+    """Plan the normalised, resampled arrays of every series; each is made only if something has changed."""
+
+    def prepare(name: str) -> dict[str, Any]:
+        image, labels = series.volume(name, "image.mha"), series.label_map(name, "labels.mha")
+        return preparation.prepare_series(image, labels, settings)
+
+    return {
+        row.series: Work(value_digest([PREPARATION_VERSION, row.key, settings]), partial(prepare, row.series))
+        for row in series_index.itertuples()
+    }
+
+
+def describe_model_input(
+    prepared: SeriesStore,
+    series_index: pd.DataFrame,
+    slice_index: pd.DataFrame,
+    preprocess: dict[str, Any],
+    split_settings: dict[str, Any],
+    filter_settings: dict[str, Any],
+    labels: dict[str, Any],
+) -> dict[str, Any]:
+    """Write down what the training folder holds, and tag the MLflow run with it."""
+    settings = {
+        "preprocess": preprocess,
+        "split": split_settings,
+        "filter": filter_settings,
+        "labels": LabelTable(labels["table"]).to_dict(),
+    }
+    manifest = preparation.build_manifest(series_index, slice_index, prepared.records(), settings)
+    kept = {side: sum(map(len, chosen.values())) for side, chosen in manifest["sides"].items()}
+    logger.info(
+        "model input: %d x %d pixels, %d training, %d validation and %d test slices, data %s",
+        *manifest["size"], *(kept[side] for side in SIDES), manifest["data_kind"],
+    )  # fmt: skip
+    tracking.tag_run({name: manifest[name] for name in tracking.MANIFEST_TAGS})
+    return manifest

@@ -1,0 +1,107 @@
+"""From an ingested series to the arrays that the net is fed, and from the cohort's tables to the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lumbarflow.files import value_digest
+from lumbarflow.imaging import LabelMap, Volume
+from lumbarflow.intensity import Normalisation
+from lumbarflow.labels import CLASSES, class_counts
+from lumbarflow.metrics import confusion_matrix
+from lumbarflow.model_input import FORMAT_VERSION, IMAGES, LABELS, SIDES
+from lumbarflow.resampling import InPlaneGrid
+
+
+def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalise one series and resample its slices to the net's size.
+
+    Args:
+        image, labels: sagittal (slice, row, column), the labels uint8 classes.
+        settings: `size` [rows, columns], `keep_aspect`, `percentiles`.
+    Returns:
+        Files for a SeriesStore: `images.npy` float16 and `labels.npy` uint8, both (n, H, W), and `record.json` with
+        n_slices, pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, the confusion matrix of the reference
+        against itself sent to the net's size and back: no model of this size can be expected to do better.
+    """
+    column, row, _ = image.spacing_mm
+    grid = InPlaneGrid(image.array.shape[1:], (row, column), tuple(settings["size"]), settings["keep_aspect"])
+    normalisation = Normalisation.of(image.array, tuple(settings["percentiles"]))
+    # Slice by slice: the float copies of a whole series would be the largest arrays of this step.
+    images = np.concatenate(
+        [
+            grid.to_model(normalisation.apply(plane[None]), normalisation.darkest).astype(np.float16)
+            for plane in image.array
+        ]
+    )
+    resampled = grid.labels_to_model(labels.array)
+    record = {
+        "n_slices": len(images),
+        "pixel_spacing_mm": list(grid.model_spacing_mm),
+        "normalisation": normalisation.to_dict(),
+        "class_counts": class_counts(resampled).tolist(),
+        "ceiling": confusion_matrix(labels.array, grid.labels_to_native(resampled)).tolist(),
+    }
+    return {IMAGES: images, LABELS: resampled, "record.json": record}
+
+
+def build_manifest(
+    series_index: pd.DataFrame,
+    slice_index: pd.DataFrame,
+    records: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a model input folder (see `lumbarflow.model_input`).
+
+    Args:
+        series_index: accepted series with `series`, `patient`, `sequence`, `synthetic`, `image_digest`, `mask_digest`.
+        slice_index: see `selection.index_slices`.
+        records: series -> record of `prepare_series`, with its `key`.
+        settings: `preprocess`, `split`, `filter`, `labels` as they were used.
+    """
+    kept = slice_index[slice_index["kept"]]
+    sides = {
+        side: {
+            series: sorted(int(i) for i in group["slice"])
+            for series, group in kept[kept["side"] == side].groupby("series")
+        }
+        for side in SIDES
+    }
+    synthetic = series_index["synthetic"].astype(bool)
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "size": list(settings["preprocess"]["size"]),
+        "classes": {str(i): name for i, name in enumerate(CLASSES)},
+        "data_kind": "synthetic" if synthetic.all() else "mixed" if synthetic.any() else "real",
+        "leaky": settings["split"]["method"] == "slice",
+        "split_method": settings["split"]["method"],
+        # Of the scans and the meaning of their labels, not of the preprocessing: two models that look at the same
+        # patients through different input sizes can be compared.
+        "data_hash": value_digest(
+            {
+                "labels": settings["labels"],
+                "series": {row.series: [row.image_digest, row.mask_digest] for row in series_index.itertuples()},
+            }
+        ),
+        # Before filtering, since a filter for training slices does not change who is tested.
+        "split_hash": value_digest(
+            sorted([row.series, int(row.slice), row.side] for row in slice_index.itertuples())
+        ),
+        "settings": dict(settings),
+        "series": {
+            row.series: {
+                "patient": row.patient,
+                "sequence": row.sequence,
+                **{
+                    name: records[row.series][name] for name in ("n_slices", "pixel_spacing_mm", "class_counts", "key")
+                },
+            }
+            for row in series_index.itertuples()
+        },
+        "sides": sides,
+    }
+    return manifest | {"content_hash": value_digest(manifest)}

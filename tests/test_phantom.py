@@ -237,15 +237,18 @@ def test_the_grid_stands_where_the_plan_says(coarse_plan):
 def test_known_points_lie_in_their_labels(cohort):
     seen = 0
     for plan, _, mask, known in cohort:
-        for disc in known["discs"][: plan.discs - 1]:
-            assert label_at(mask, disc["centre"]) == disc["id"], plan.name
+        points = [(disc["centre"], disc["id"]) for disc in known["discs"][: plan.discs - 1]]
         for vertebra in known["vertebrae"][: plan.whole_vertebrae]:
-            assert label_at(mask, vertebra["centre"]) == vertebra["id"], plan.name
-            chord = vertebra["canal_ap"]
-            canal = (np.array(chord["from"]) + chord["to"]) / 2
-            assert label_at(mask, canal) == phantom.CANAL_ID, plan.name
-            seen += 1
-    assert seen > 60
+            points.append((vertebra["centre"], vertebra["id"]))
+            ends = vertebra["canal_ap"]
+            points.append(((np.array(ends["from"]) + ends["to"]) / 2, phantom.CANAL_ID))
+        # Thin oblique slabs leave the midline towards their ends.
+        found = [(label_at(mask, point), label) for point, label in points]
+        inside = [pair for pair in found if pair[0] is not None]
+        assert all(label == expected for label, expected in inside), plan.name
+        assert len(inside) > 0.5 * len(points)
+        seen += len(inside)
+    assert seen > 200
     assert len({plan.storage_order for plan, *_ in cohort}) > 8
 
 
@@ -306,12 +309,15 @@ def test_the_canal_is_one_tube_through_the_middle_slices(cohort):
 
 
 def test_the_sacrum_is_bone_without_a_label(cohort):
+    inside = 0
     for plan, _, mask, known in cohort:
         anterior, posterior = (np.array(point) for point in known["endplates"]["S1"])
         along = (posterior - anterior) / np.linalg.norm(posterior - anterior)
         inferior = np.array([0.0, along[2], -along[1]])  # along the normal of the endplate, downwards
         assert inferior[2] < 0
-        assert label_at(mask, (anterior + posterior) / 2 + 10 * inferior) == 0, plan.name
+        assert label_at(mask, (anterior + posterior) / 2 + 10 * inferior) in (0, None), plan.name
+        inside += label_at(mask, (anterior + posterior) / 2 - 5 * inferior) == 201  # the disc on the other side
+    assert inside > len(cohort) / 2
 
 
 # --- The image ------------------------------------------------------------------------------------------------------
@@ -423,6 +429,8 @@ def test_lengths_and_angles_are_those_of_adults(plans):
             assert 20 < vertebra["body_height_middle"]["mm"] < 33
             assert 26 < vertebra["body_depth"]["mm"] < 42
             assert 10 < vertebra["canal_ap"]["mm"] < 20
+            # The canal runs close behind the body.
+            assert 1 < math.dist(vertebra["body_depth"]["to"], vertebra["canal_ap"]["from"]) < 5
         for disc in known["discs"][:5]:
             assert 6 < disc["height_middle"]["mm"] < 16
         lowest_disc, lowest_body = known["discs"][0], known["vertebrae"][0]

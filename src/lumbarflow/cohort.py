@@ -1,6 +1,6 @@
 """A folder of scans in the SPIDER layout: its names, its overview, and the checks that each series must pass.
 
-    images/<patient>_<t1|t2|t2_SPACE>.<ext>    masks/<same name>.<ext>    overview.csv
+images/<patient>_<t1|t2|t2_SPACE>.<ext>    masks/<same name>.<ext>    overview.csv
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from lumbarflow.imaging import LabelMap, Volume, VolumeError, geometry_differences, split_volume_name, to_sagittal
 from lumbarflow.labels import FOREGROUND, LabelTable, UnknownLabelError, class_counts
 
-# What overview.csv says of a synthetic series (phantom.py writes it), so that the registry can tell them from real ones.
+# What overview.csv says of a synthetic series (phantom.py writes it): the registry tells them from real ones by it.
 SYNTHETIC_MARK = "synthetic"
 
 ACCEPTED, REJECTED, ABSENT, IGNORED = "accepted", "rejected", "absent", "ignored"

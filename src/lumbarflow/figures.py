@@ -56,9 +56,9 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
             axis.imshow(overlay.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
             if layer is not None:
                 axis.imshow(layer, aspect=aspect, interpolation="nearest")
-            axis.set_title(name, fontsize=9)
+            # The case's own title stands above the first picture, on a line of its own.
+            axis.set_title(f"{overlay.title}\n{name}" if axis is row[0] else name, fontsize=9)
             axis.set_axis_off()
-        row[0].set_title(overlay.title, fontsize=9, loc="left")
     handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure

@@ -14,7 +14,13 @@ from lumbarflow import tracking
 logger = logging.getLogger(__name__)
 
 # Catalog entries that a person would open next, in this order.
-_TO_LOOK_AT = ("ingest_report_csv", "metrics_by_class_csv", "metrics_by_case_csv", "overlays_figure", "confusion_figure")
+_TO_LOOK_AT = (
+    "ingest_report_csv",
+    "metrics_by_class_csv",
+    "metrics_by_case_csv",
+    "overlays_figure",
+    "confusion_figure",
+)
 
 _NEXT = {
     "ingest": "kedro run --pipeline=preprocess",

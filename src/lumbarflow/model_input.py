@@ -80,7 +80,5 @@ class ModelInput:
         array = np.load(path, mmap_mode="r")
         expected = (self.manifest["series"][series]["n_slices"], *self.size)
         if array.shape != expected:
-            raise ValueError(
-                f"{path}: shape {array.shape}; expected {expected} from {MANIFEST}. Run preprocess again."
-            )
+            raise ValueError(f"{path}: shape {array.shape}; expected {expected} from {MANIFEST}. Run preprocess again.")
         return array

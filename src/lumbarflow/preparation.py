@@ -88,17 +88,13 @@ def build_manifest(
             }
         ),
         # Before filtering, since a filter for training slices does not change who is tested.
-        "split_hash": value_digest(
-            sorted([row.series, int(row.slice), row.side] for row in slice_index.itertuples())
-        ),
+        "split_hash": value_digest(sorted([row.series, int(row.slice), row.side] for row in slice_index.itertuples())),
         "settings": dict(settings),
         "series": {
             row.series: {
                 "patient": row.patient,
                 "sequence": row.sequence,
-                **{
-                    name: records[row.series][name] for name in ("n_slices", "pixel_spacing_mm", "class_counts", "key")
-                },
+                **{name: records[row.series][name] for name in ("n_slices", "pixel_spacing_mm", "class_counts", "key")},
             }
             for row in series_index.itertuples()
         },

@@ -286,7 +286,9 @@ def patient_digests(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _facts(name: str, version: str, tags: Mapping[str, str], patients: Mapping[str, list[str]]) -> ModelFacts:
+def _facts(
+    name: str, version: str, tags: Mapping[str, str], patients: Mapping[str, Iterable[str]] | None
+) -> ModelFacts:
     """The facts of a version from what `log_model` wrote; what is absent or unreadable becomes None."""
     try:
         dice = float(tags["mean_foreground_dice"])
@@ -300,8 +302,8 @@ def _facts(name: str, version: str, tags: Mapping[str, str], patients: Mapping[s
         data_hash=tags.get("data_hash"),
         split_hash=tags.get("split_hash"),
         mean_foreground_dice=dice,
-        trained_on=frozenset(patients["train"]) | frozenset(patients["validation"]),
-        tested_on=frozenset(patients["test"]),
+        trained_on=frozenset(patients["train"]) | frozenset(patients["validation"]) if patients else None,
+        tested_on=frozenset(patients["test"]) if patients else None,
     )
 
 
@@ -312,13 +314,14 @@ def _champion(client: MlflowClient, name: str, alias: str) -> ModelFacts | None:
     version = client.get_registered_model(name).aliases.get(alias)
     if version is None:
         return None
+    tags, patients = {}, None
     try:
         tags = client.get_model_version(name, version).tags
-        patients = mlflow.artifacts.load_dict(f"models:/{name}/{version}/artifacts/{PATIENTS_FILE}")
-        return _facts(name, str(version), tags, patients)
+        read = mlflow.artifacts.load_dict(f"models:/{name}/{version}/artifacts/{PATIENTS_FILE}")
+        patients = {side: read[side] for side in SIDES}
     except Exception as error:  # each artifact store has errors of its own; all of them mean "cannot be compared"
-        logger.warning("what %s version %s was made from cannot be read: %s", name, version, error)
-        return ModelFacts(name, str(version))
+        logger.warning("cannot read what %s version %s was made from (%s)", name, version, str(error).split("\n")[0])
+    return _facts(name, str(version), tags, patients)
 
 
 def _check_it_predicts(model_uri: str) -> None:

@@ -1,4 +1,7 @@
-"""What a run leaves in MLflow while it goes on: tags, and figures as they come. Nothing happens without an active run."""
+"""What a run leaves in MLflow while it goes on: tags, and figures as they come.
+
+Nothing happens without an active run.
+"""
 
 from __future__ import annotations
 

@@ -356,12 +356,14 @@ def _from_section(function: Callable, settings: Mapping, section: str, reserved:
 def _build_model(settings: Mapping, size: tuple[int, int], classes: int, precision: str) -> keras.Model:
     values = dict(settings.get("model") or {})
     name = values.pop("name", DEFAULT_MODEL)
-    _check_names(values, models.find(name), "model", reserved=("size", "channels", "classes", "precision"))
+    _check_names(
+        values, models.find(name), "model", reserved=("size", "channels", "classes", "precision"), extra=("name",)
+    )
     return models.build(name, size, CHANNELS, classes, precision=precision, **values)
 
 
-def _check_names(values: Mapping, function: Callable, section: str, reserved: tuple[str, ...]) -> None:
-    allowed = [name for name in inspect.signature(function).parameters if name not in reserved]
+def _check_names(values: Mapping, function: Callable, section: str, reserved=(), extra=()) -> None:
+    allowed = [*extra, *(name for name in inspect.signature(function).parameters if name not in reserved)]
     unknown = sorted(set(values) - set(allowed))
     if unknown:
         raise ValueError(f"unknown setting {section}.{unknown[0]}; expected some of {allowed}.")

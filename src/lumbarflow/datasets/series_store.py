@@ -13,7 +13,6 @@ from kedro.io import AbstractDataset
 from lumbarflow.files import write_atomically
 from lumbarflow.store import SeriesStore, SpiderLayoutStore, Work
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -101,7 +101,10 @@ def draw_figures(
         overlays.append(
             Overlay(
                 f"{title}: {name}, slice {shown}, mean Dice {ranked.iloc[place]:.3f}",
-                image.array[shown], reference[shown], predicted[shown], (row, column),
+                image.array[shown],
+                reference[shown],
+                predicted[shown],
+                (row, column),
             )  # fmt: skip
         )
     return overlay_figure(overlays), confusion_figure(np.array(confusion["counts"]))
@@ -112,4 +115,3 @@ def _sagittal_pair(predictions: SeriesStore, series: SeriesStore, name: str) -> 
     reference = series.label_map(name, "labels.mha").array
     orientation = Orientation.from_dict(series.record(name)["orientation"])
     return reference, orientation.apply(predictions.label_map(name, "labels.mha").array)
-

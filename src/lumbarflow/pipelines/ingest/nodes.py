@@ -84,7 +84,9 @@ def report_ingest(
         rows.append({"file": file, "outcome": IGNORED, "found": "not a volume file"})
     if inventory.absent:
         found = f"{len(inventory.absent)} rows of overview.csv have no files"
-        rows.append({"file": "overview.csv", "outcome": ABSENT, "found": found, "what_to_do": "nothing: a partial copy"})
+        rows.append(
+            {"file": "overview.csv", "outcome": ABSENT, "found": found, "what_to_do": "nothing: a partial copy"}
+        )
     report = pd.DataFrame(rows, columns=columns).fillna("")
     rejected = report[report["outcome"] == REJECTED]
     for row in rejected.itertuples():

@@ -23,7 +23,7 @@ def random_slice(seed: int, size) -> tuple[np.ndarray, np.ndarray]:
 @settings(deadline=None)
 def test_the_default_augmentation_changes_nothing(seed, size):
     image, label = random_slice(seed, size)
-    changed_image, changed_label = apply_augmentation(image, label, Augmentation())
+    changed_image, changed_label = apply_augmentation(image.copy(), label.copy(), Augmentation())
     assert changed_image.dtype == np.float32
     assert np.array_equal(changed_image, image)
     assert np.array_equal(changed_label, label)

@@ -344,10 +344,13 @@ def test_deleting_the_champion_makes_room(store, register):
 def test_model_can_be_logged_to_a_finished_run(store, register):
     with mlflow.start_run(experiment_id=store.experiment) as run:
         pass
-    record = register(run_id=run.info.run_id)
+    with mlflow.start_run(experiment_id=store.experiment) as other:
+        record = register(run_id=run.info.run_id)
+        assert mlflow.active_run().info.run_id == other.info.run_id
     assert record["run_id"] == run.info.run_id
     assert store.client.get_model_version(register.name, "1").run_id == run.info.run_id
     assert store.client.get_run(run.info.run_id).info.status == "FINISHED"
+    assert "registered_version" not in store.client.get_run(other.info.run_id).data.tags
 
 
 def test_nothing_of_the_process_is_changed(store, register, capfd):

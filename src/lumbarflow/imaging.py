@@ -8,12 +8,16 @@ Spacing, origin and direction below keep SimpleITK's order, arrays NumPy's.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -101,25 +105,30 @@ def volume_files(path: str | Path) -> list[Path]:
     """The files that make up one volume: the named one and, for `.mhd` headers, the data file it names.
 
     Raises:
-        VolumeError: the header names a data file outside its own folder.
+        VolumeError: no such file, no MetaImage header, or one that names several data files or one elsewhere.
     """
     path = Path(path)
+    if not path.is_file():
+        raise VolumeError(path, "no such file", "an existing file", "Restore it from the source.")
     if path.suffix.lower() != ".mhd":
         return [path]
-    with open(path, "rb") as file:
-        header = file.read(65536).decode("latin-1")
-    named = [line.split("=", 1)[1].strip() for line in header.splitlines() if line.startswith("ElementDataFile")]
-    if not named or named[0] in ("LOCAL", "LIST") or "%" in named[0]:
+    named = _metaimage_header(path)[0]["ElementDataFile"]
+    if named.upper() == "LOCAL":
         return [path]
-    data = path.parent / named[0]
-    if data.resolve().parent != path.parent.resolve():
+    if named.split()[:1] == ["LIST"] or "%" in named:
+        raise VolumeError(
+            path, f"its voxels lie in several files ({named!r})", "one data file", "Convert it into one .mha."
+        )
+    # Not resolved: where files are links into a store, both still lie beside each other by name.
+    data = Path(os.path.abspath(path.parent / named))
+    if data.parent != Path(os.path.abspath(path.parent)):
         raise VolumeError(
             path,
-            f"its ElementDataFile points outside its folder ({named[0]!r})",
+            f"its ElementDataFile points outside its folder ({named!r})",
             "a data file beside the header",
             "Put both into one folder and name the file alone.",
         )
-    return [path, data]
+    return [path, path.parent / data.name]
 
 
 def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
@@ -139,13 +148,13 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
     for file in volume_files(path):
         if not file.is_file():
             raise VolumeError(path, f"no file {file.name}", "an existing file", "Restore it from the source.")
-    _check_is_whole(path)
+    _check_voxel_bytes(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
         dimension, components = reader.GetDimension(), reader.GetNumberOfComponents()
-        # A 4-D file with one time point, or a 3-D one, is a volume; its fourth axis is dropped, nothing else.
+        # (ITK itself takes a 4-D NIfTI file of one time point for the 3-D one that it is.)
         if dimension != 3:
             raise VolumeError(path, f"{dimension} dimensions", "3", "Export the series as one 3-D volume.")
         if components != 1:
@@ -153,47 +162,143 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no reason given"
-        raise VolumeError(
-            path, f"it cannot be read ({reason})", "a complete volume", "Copy or export it again."
-        ) from None
+        raise VolumeError(path, f"it cannot be read ({reason})", "a complete volume", _COPY_AGAIN) from None
     array = sitk.GetArrayFromImage(image)
     if kind is LabelMap and not np.issubdtype(array.dtype, np.integer):
-        whole = np.round(array)
-        if not np.array_equal(whole, array):
+        if not (np.array_equal(np.round(array), array) and np.abs(array).max(initial=0) <= np.iinfo(np.int32).max):
             raise VolumeError(path, "labels that aren't whole numbers", "integers", "Was the mask interpolated?")
-        array = whole.astype(np.int32)
+        array = array.astype(np.int32)
     return kind(array, image.GetSpacing(), image.GetOrigin(), np.reshape(image.GetDirection(), (3, 3)))
 
 
-def _check_is_whole(path: Path) -> None:
-    """Find what ITK reads without complaint: a MetaImage whose voxels end early (it fills the rest with zeros)."""
-    if path.suffix.lower() not in (".mha", ".mhd"):
+# Bytes of one value of a MetaImage's ElementType.
+_METAIMAGE_BYTES = {
+    "MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4, "MET_LONG": 4,
+    "MET_ULONG": 4, "MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4, "MET_DOUBLE": 8,
+}  # fmt: skip
+_HEADER_LIMIT = 65536  # no header comes near it
+_BLOCK = 65536
+_GZIP = b"\x1f\x8b"
+_ZLIB_OR_GZIP = 47  # zlib's `wbits` for: either, told by its header
+_COPY_AGAIN = "Copy or export it again."
+
+
+def _check_voxel_bytes(path: Path) -> None:
+    """Find what ITK reads without complaint: voxels that end early or do not unpack.
+
+    It then returns zeros, or whatever lay in that memory before: a wrong image.
+    """
+    name = path.name.lower()
+    if name.endswith((".mha", ".mhd")):
+        present, expected = _metaimage_bytes(path)
+    elif name.endswith((".nii", ".nii.gz")):
+        present, expected = _nifti_bytes(path)
+    else:
+        _check_nrrd(path)
         return
+    if present < expected:
+        raise VolumeError(path, f"{present} bytes of voxels", f"{expected}", "It is truncated: copy it again.")
+
+
+def _metaimage_header(path: Path) -> tuple[dict[str, str], int]:
+    """The header's keys and values, and the offset of what follows its last line, ElementDataFile."""
     with open(path, "rb") as file:
-        head = file.read(65536)
+        head = file.read(_HEADER_LIMIT)
     header: dict[str, str] = {}
     offset = 0
-    for line in head.split(b"\n"):
-        offset += len(line) + 1
+    for line in head.splitlines(keepends=True):
+        offset += len(line)
         key, _, value = line.decode("latin-1").partition("=")
         header[key.strip()] = value.strip()
         if key.strip() == "ElementDataFile":
-            break
-    else:
-        raise VolumeError(path, "no MetaImage header", "a line 'ElementDataFile = ...'", "Copy or export it again.")
-    if header["ElementDataFile"] == "LOCAL":
-        present = path.stat().st_size - offset
-    else:
-        present = volume_files(path)[-1].stat().st_size
-    if header.get("CompressedData", "False").lower() == "true":
-        expected = int(header.get("CompressedDataSize", 0))
-    else:
-        widths = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "DOUBLE": 8,
-                  "LONG_LONG": 8, "ULONG_LONG": 8}  # fmt: skip
-        width = widths.get(header.get("ElementType", "").removeprefix("MET_"), 0)
-        expected = width * int(np.prod([int(value) for value in header.get("DimSize", "0").split()], dtype=np.int64))
-    if present < expected:
-        raise VolumeError(path, f"{present} bytes of voxels", f"{expected}", "It is truncated: copy it again.")
+            return header, offset
+    raise VolumeError(path, "no MetaImage header", "a line 'ElementDataFile = ...'", _COPY_AGAIN)
+
+
+def _metaimage_bytes(path: Path) -> tuple[int, int]:
+    """(present, expected) bytes of unpacked voxels."""
+    header, offset = _metaimage_header(path)
+    try:
+        sizes = [int(size) for size in header["DimSize"].split()]
+        width = _METAIMAGE_BYTES[header["ElementType"]]
+        channels = int(header.get("ElementNumberOfChannels", 1))
+        compressed = header.get("CompressedData", "False").lower() == "true"
+        stored = int(header["CompressedDataSize"]) if compressed else -1  # ITK reads rubbish without that line
+        skipped = max(0, int(header.get("HeaderSize", 0)))
+        if header.get("BinaryData", "True").lower() != "true" or len(sizes) != int(header["NDims"]) or min(sizes) < 1:
+            raise ValueError
+    except (KeyError, ValueError):
+        lines = ", ".join(
+            f"{key} = {header.get(key)}"
+            for key in ("NDims", "DimSize", "ElementType", "BinaryData", "CompressedDataSize")
+        )
+        raise VolumeError(
+            path, f"a header with {lines}", "binary voxels of a known type and size", _COPY_AGAIN
+        ) from None
+    data = volume_files(path)[-1]
+    with open(data, "rb") as file:
+        file.seek(skipped + (offset if data == path else 0))
+        present = sum(map(len, _unpacked(path, file, stored) if compressed else _blocks(file)))
+    return present, math.prod(sizes) * width * channels
+
+
+def _nifti_bytes(path: Path) -> tuple[int, int]:
+    """(present, expected) bytes of the unpacked file: header, extensions and voxels."""
+    with open(path, "rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        blocks = _unpacked(path, file) if packed else _blocks(file)
+        head = next(blocks, b"")
+        order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(head[:4])  # 348, the header's length, at its start
+        if order is None or len(head) < 348 or head[344:347] != b"n+1":
+            raise VolumeError(path, "no NIfTI-1 header", "one file with header and voxels", _COPY_AGAIN)
+        present = len(head) + sum(map(len, blocks))
+    dimensions, *sizes = struct.unpack_from(order + "8h", head, 40)
+    (bits,) = struct.unpack_from(order + "h", head, 72)
+    (offset,) = struct.unpack_from(order + "f", head, 108)
+    return present, int(offset) + math.prod(max(1, size) for size in sizes[: max(0, dimensions)]) * bits // 8
+
+
+def _check_nrrd(path: Path) -> None:
+    """ITK does see that voxels are missing here; it does not look at checksums, and reads other files if told so."""
+    with open(path, "rb") as file:
+        fields = {}
+        while line := file.readline().strip():  # an empty one ends the header
+            key, _, value = line.decode("latin-1").partition(":")
+            fields[key.replace(" ", "").lower()] = value.strip()
+        if "datafile" in fields:
+            raise VolumeError(
+                path, f"its voxels lie in another file ({fields['datafile']!r})", "one file", "Convert it into one."
+            )
+        if fields.get("encoding") in ("gzip", "gz"):
+            for _ in _unpacked(path, file):
+                pass
+
+
+def _blocks(file: BinaryIO, size: float = math.inf) -> Iterator[bytes]:
+    """What is left of a file, `size` bytes at most, in pieces."""
+    while block := file.read(int(min(_BLOCK, size))):
+        size -= len(block)
+        yield block
+
+
+def _unpacked(path: Path, file: BinaryIO, size: float = math.inf) -> Iterator[bytes]:
+    """The same, unpacked from zlib or gzip; checksums are checked.
+
+    Raises:
+        VolumeError: about `path`, if the data are damaged or end early.
+    """
+    unpacker = zlib.decompressobj(wbits=_ZLIB_OR_GZIP)
+    try:
+        for block in _blocks(file, size):
+            yield unpacker.decompress(block)
+            while unpacker.unused_data.startswith(_GZIP):  # gzip files may be joined into one
+                block, unpacker = unpacker.unused_data, zlib.decompressobj(wbits=_ZLIB_OR_GZIP)
+                yield unpacker.decompress(block)
+    except zlib.error as error:
+        raise VolumeError(path, f"damaged compressed data ({error})", "data that unpack", _COPY_AGAIN) from None
+    if not unpacker.eof:
+        raise VolumeError(path, "compressed data that end early", "all of them", "It is truncated: copy it again.")
 
 
 def write_volume(volume: Volume, path: str | Path) -> None:

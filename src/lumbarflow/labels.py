@@ -63,12 +63,14 @@ class LabelTable:
             UnknownLabelError: ids that the table does not name.
         """
         if ids.size and (ids.min() < 0 or ids.max() >= len(self._lookup)):
-            beyond = np.unique(ids[(ids < 0) | (ids >= len(self._lookup))])
-            raise UnknownLabelError([int(i) for i in beyond])
+            raise UnknownLabelError(self._unknown(ids))
         classes = self._lookup[ids]
         if np.any(classes == _UNKNOWN):
-            raise UnknownLabelError([int(i) for i in np.unique(ids[classes == _UNKNOWN])])
+            raise UnknownLabelError(self._unknown(ids))
         return classes
+
+    def _unknown(self, ids: np.ndarray) -> list[int]:
+        return np.setdiff1d(ids, np.flatnonzero(self._lookup != _UNKNOWN)).tolist()
 
     def to_dict(self) -> dict[str, list[int]]:
         """Class name -> sorted ids: the table written out, for hashes and reports."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
+from lumbarflow.cohort import SYNTHETIC_MARK
 from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def overview(plans: list[SeriesPlan]) -> pd.DataFrame:
             "MRAcquisitionType": "3D" if plan.sequence == "t2_SPACE" else "2D",
             "Manufacturer": "lumbarflow phantom",
             "PixelSpacing": str(list(plan.spacing_mm[1:])),
-            "SeriesDescription": "synthetic",
+            "SeriesDescription": SYNTHETIC_MARK,
             "SliceThickness": plan.slice_thickness_mm,
             "SpacingBetweenSlices": plan.spacing_mm[0],
         }
@@ -346,6 +347,11 @@ class _Body:
         flare = half_height * (1 + 0.25 * v / max(length, 1.0))
         spinous = _rounded(_rounded(np.abs(v) - length / 2, np.abs(s) - flare, 4.0), side - 3.4, 2.0)
         return np.minimum.reduce([pedicle, pillar, lamina, transverse, spinous])
+
+    def edge(self, plate: _Frame, inwards: int):
+        """Anterior end, centre and posterior end (y, z) of an endplate on the mid-sagittal surface."""
+        half = self.depth / 2
+        return [plate.to_plane(t, inwards * float(self._dish(0.0, t))) for t in (-half, 0.0, half)]
 
     def _dish(self, x, t):
         bowl = 1 - np.square(t * (2 / self.depth)) - np.square(x * (2 / self.width))
@@ -652,12 +658,11 @@ def _plan_series(index: int, sequence: str, subset: str, settings: dict) -> Seri
     rotation = tuple(round(float(angle), 2) for angle in rng.uniform(-limits, limits))
     slice_axis, row, column = SAGITTAL_AXES @ _rotation(np.deg2rad(rotation)).T
 
-    # Height of each body's corners and endplate centres along the image's own upward axis.
+    # Along the image's own upward axis: the corners of each body's endplates, and the bottom of their dishes.
     heights = [
-        np.array([patient.to_lps(*frame.to_plane(share * body.depth / 2, 0.0)) for frame in (body.lower, body.upper)
-                  for share in (-1, 0, 1)]) @ -row
+        np.array([patient.to_lps(*point) for point in (*body.edge(body.lower, 1), *body.edge(body.upper, -1))]) @ -row
         for body in patient.vertebrae
-    ]  # fmt: skip
+    ]
     counts = [int(count) for count in view["vertebrae"]]
     weights = np.array([float(weight) for weight in view["vertebrae"].values()])
     count = int(rng.choice(counts, p=weights / weights.sum()))

@@ -226,9 +226,8 @@ def log_model(
     dice = _pooled_dice(metrics)
     patients = patient_digests(manifest)
     run_id = mlflow.active_run().info.run_id
-    origin = {"run_id": run_id, "lumbarflow_version": lumbarflow.__version__} | {
-        key: manifest[key] for key in MANIFEST_TAGS
-    }
+    origin = {"run_id": run_id, "lumbarflow_version": lumbarflow.__version__}
+    origin |= {key: manifest[key] for key in MANIFEST_TAGS}
     record = {
         "format_version": FORMAT_VERSION,
         "settings": {key: segmenter_settings[key] for key in SETTINGS},

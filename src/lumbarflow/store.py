@@ -154,17 +154,24 @@ class SpiderLayoutStore(SeriesStore):
 
     def foreign_images(self) -> list[str]:
         """Names of image files that this store did not write."""
-        own = set(self.series())
-        return sorted(path.name for path in self.root.glob("images/[!.]*") if path.stem not in own)
+        own = {self.path(series, "image.mha").name for series in self.series()}
+        return sorted(path.name for path in self.root.glob("images/[!.]*") if path.name not in own)
+
+    def _key(self, series: str) -> str | None:
+        # Files in a folder that people use may be gone while their record is still there.
+        whole = all(self.path(series, name).is_file() for name in self.FOLDERS)
+        return super()._key(series) if whole else None
 
     def _remove(self, series: str) -> None:
-        for name in (RECORD, "image.mha", "mask.mha"):
+        for name in ("image.mha", "mask.mha", RECORD):
             self.path(series, name).unlink(missing_ok=True)
 
     def _write(self, series: str, work: Work) -> None:
-        # Each file appears by its own rename; the record, which makes the series count, comes last.
+        # Each file appears by its own rename. The record comes first, without its key, and again last, with it: a
+        # series that an interruption cut short is then known as this store's, and made again.
         files = dict(work.make())
         record = files.pop(RECORD)
+        write_json(self.path(series, RECORD), {**record, "key": None})
         for name, value in files.items():
             write_volume(value, self.path(series, name))
         write_json(self.path(series, RECORD), {"key": work.key, **record})

@@ -341,8 +341,8 @@ class _Epochs(keras.callbacks.Callback):
             slices = ", ".join(f"{s} slice {i}" for s, i in (self.train.slices[p] for p in self.train.positions(batch)))
             where += f", batch {batch + 1} of {len(self.train)} ({slices})"
         raise FloatingPointError(
-            f"{where}: the {what} is {value}; expected a finite number. Look at these slices for values that are not "
-            "finite, lower training.learning_rate, or set training.precision to float32."
+            f"{where}: the {what} is {value}; expected a finite number. Lower training.learning_rate, set "
+            "training.precision to float32, or look for damaged intensities in the slices seen last."
         )
 
 
@@ -377,11 +377,10 @@ def _learning_rate(settings: TrainingSettings, steps_per_epoch: int):
 
 def _uncompiled(model: keras.Model, dtype: str | None = None) -> keras.Model:
     """A copy with the same weights, without optimiser or loss; with `dtype`, all layers compute in that."""
-
-    def copy(layer):
-        config = layer.get_config()
-        return type(layer).from_config({**config, "dtype": dtype} if dtype else config)
-
-    twin = keras.models.clone_model(model, clone_function=copy)
+    config = model.get_config()
+    if dtype:
+        for layer in config["layers"]:
+            layer["config"]["dtype"] = dtype
+    twin = type(model).from_config(config)
     twin.set_weights(model.get_weights())
     return twin

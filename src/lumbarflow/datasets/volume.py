@@ -95,5 +95,5 @@ class FileFolderDataset(PartitionedDataset):
     def _list_partitions(self) -> list[str]:
         if not self._filesystem.exists(self._normalized_path):
             return []
-        # Hidden files are what systems and interrupted writers leave behind.
-        return [path for path in super()._list_partitions() if not Path(path).name.startswith(".")]
+        # Hidden files, and folders, are what systems and interrupted writers leave behind.
+        return [path for path in super()._list_partitions() if "/." not in f"/{self._path_to_partition(path)}"]

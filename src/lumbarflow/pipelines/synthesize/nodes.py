@@ -14,7 +14,7 @@ from lumbarflow.store import Work
 logger = logging.getLogger(__name__)
 
 # Raise it when phantom.py draws something else from the same settings, or stale scans would be taken for current.
-PHANTOM_VERSION = 1
+PHANTOM_VERSION = 2
 
 
 def synthesize_scans(settings: dict[str, Any], raw_dir: str, synthetic_dir: str) -> dict[str, Work]:

@@ -1,0 +1,123 @@
+"""A copy of the project in a temporary folder, and runs of its pipelines there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from lumbarflow.imaging import LabelMap, Volume, write_volume
+
+ROOT = Path(__file__).parents[2]
+
+# A cohort and a net small enough for a test; everything else is as in the configuration that users run.
+SMALL = {
+    "synthesize": {"patients": 8, "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0}},
+    "preprocess": {"size": [64, 64]},
+    "model": {
+        "encoder_widths": [8, 16, 24, 32, 48, 64],
+        "decoder_widths": [32, 24, 16, 8],
+        "encoder_dropouts": [0, 0, 0, 0, 0, 0],
+        "decoder_dropouts": [0, 0, 0, 0],
+    },
+    "training": {"precision": "float32", "epochs": 30, "batch_size": 4, "learning_rate": 3.0e-3},
+}
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without runs: creating one takes seconds, copying it none."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """The project's configuration in a folder of its own, with MLflow's store there too."""
+    for name in ("pyproject.toml", ".telemetry", "conf"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "src").mkdir()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def make_small(project: Path) -> Callable[[str], None]:
+    """Put the small settings into an environment of the project."""
+
+    def write(environment: str) -> None:
+        folder = project / "conf" / environment
+        folder.mkdir(exist_ok=True)
+        (folder / "parameters_small.yml").write_text(yaml.safe_dump(SMALL))
+
+    return write
+
+
+@pytest.fixture
+def kedro_run(project: Path, make_small: Callable[[str], None]) -> Callable[..., Any]:
+    """Run a pipeline as `kedro run` does, and return the catalog."""
+    import mlflow
+    from kedro.framework.session import KedroSession
+    from kedro.framework.startup import bootstrap_project
+    from kedro_mlflow.framework.hooks import mlflow_hook
+
+    make_small("local")
+    bootstrap_project(project)
+    former = mlflow.get_tracking_uri()
+
+    def run(pipeline: str, environment: str | None = None, **parameters: Any) -> Any:
+        # kedro-mlflow's one hook object remembers the last run's id; in a process of its own it has none.
+        mlflow_hook.run_id = None
+        while mlflow.active_run():
+            mlflow.end_run()
+        with KedroSession.create(project_path=project, env=environment, runtime_params=parameters) as session:
+            session.run(pipeline_names=[pipeline])
+            return session.load_context().catalog
+
+    yield run
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(former)
+
+
+def _write_scan(root: Path, series: str, seed: int = 0, suffix: str = ".mha") -> None:
+    """A small scan in the SPIDER layout: a vertebra, a disc and the canal."""
+    mask = np.zeros((4, 12, 10), np.uint8)
+    mask[:, 1:4, 2:5], mask[:, 5:7, 2:5], mask[:, 1:10, 6:8] = 1, 201, 100
+    image = mask * 7 + np.random.default_rng(seed).integers(0, 20, mask.shape)
+    # Sagittal as it lies: slices to the right, rows downwards, columns backwards.
+    grid = ((0.7, 0.9, 4.0), (10.0, -20.0, 30.0), [[0, 0, -1], [1, 0, 0], [0, -1, 0]])
+    write_volume(Volume(image.astype(np.int16), *grid), root / "images" / f"{series}{suffix}")
+    write_volume(LabelMap(mask, *grid), root / "masks" / f"{series}{suffix}")
+
+
+@pytest.fixture
+def write_scan() -> Callable[..., None]:
+    return _write_scan
+
+
+@pytest.fixture
+def raw(tmp_path_factory) -> Path:
+    """Five series of four patients in five file formats, and a row of the overview without files."""
+    root = tmp_path_factory.mktemp("raw")
+    rows = []
+    for number, (series, suffix) in enumerate(
+        [("1_t1", ".mha"), ("1_t2", ".nii.gz"), ("2_t2", ".nrrd"), ("3_t2_SPACE", ".mhd"), ("4_t2", ".nii")]
+    ):
+        _write_scan(root, series, number, suffix)
+        rows.append({"new_file_name": series, "subset": "training"})
+    rows.append({"new_file_name": "77_t1", "subset": "validation"})
+    pd.DataFrame(rows).to_csv(root / "overview.csv", index=False)
+    return root

@@ -1,0 +1,58 @@
+"""Clipping and z-score by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumbarflow.intensity import Normalisation
+
+
+def test_z_score_of_a_whole_series():
+    # 0 ... 4: mean 2, variance (4 + 1 + 0 + 1 + 4) / 5 = 2.
+    series = np.array([[[4, 1]], [[0, 2]], [[3, 2]]], np.int16)[:, :, :]
+    figures = Normalisation.of(np.arange(5, dtype=np.int16), (0, 100))
+    assert figures.to_dict() == pytest.approx({"lower": 0, "upper": 4, "mean": 2, "std": math.sqrt(2)})
+    normalised = figures.apply(series)
+    assert normalised.dtype == np.float32 and normalised.shape == (3, 1, 2)
+    np.testing.assert_allclose(normalised, (series - 2) / math.sqrt(2), rtol=1e-6)
+
+
+def test_percentiles_clip_before_mean_and_deviation_are_taken():
+    # Percentiles 25 and 75 of 0 ... 4 are 1 and 3; 1, 1, 2, 3, 3 has mean 2 and variance 4 / 5.
+    figures = Normalisation.of(np.arange(5.0), (25, 75))
+    assert figures == Normalisation(1.0, 3.0, pytest.approx(2.0), pytest.approx(math.sqrt(0.8)))
+    np.testing.assert_allclose(figures.apply(np.array([-50, 2, 900])), np.array([-1, 0, 1]) / math.sqrt(0.8), rtol=1e-6)
+    assert figures.darkest == pytest.approx(-1 / math.sqrt(0.8))
+
+
+def test_unsigned_intensities_do_not_wrap_around():
+    series = np.array([0, 10, 200, 255], np.uint8)
+    figures = Normalisation.of(series, (0, 100))
+    np.testing.assert_allclose(figures.apply(series), (series - 116.25) / np.std(series), rtol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.floats(0.01, 100), st.floats(-1000, 1000))
+def test_the_unit_of_the_scanner_does_not_matter(seed, scale, offset):
+    series = np.random.default_rng(seed).gamma(2.0, size=(3, 5, 7))
+    expected = Normalisation.of(series, (2, 98)).apply(series)
+    moved = series * scale + offset
+    np.testing.assert_allclose(Normalisation.of(moved, (2, 98)).apply(moved), expected, atol=0.01)
+    assert abs(expected.mean()) < 1e-4 and expected.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_an_error(value):
+    with pytest.raises(ValueError, match="aren't finite cannot be normalised; expected finite numbers"):
+        Normalisation.of(np.array([1.0, value, 2.0]), (0, 100))
+
+
+def test_constant_intensities_are_an_error():
+    series = np.full(1000, 7.0)
+    series[0] = 9.0  # an outlier is no contrast
+    with pytest.raises(ValueError, match=r"constant \(7\) between percentiles 0.5 and 99.5; expected .* contrast"):
+        Normalisation.of(series, (0.5, 99.5))

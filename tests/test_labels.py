@@ -1,0 +1,91 @@
+"""Raw label ids to classes in one pass; whatever the table does not name is told."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumbarflow.labels import CLASSES, LabelTable, UnknownLabelError, class_counts
+
+SPIDER = {"vertebrae": ["1-25", "101-125"], "canal": [100], "IVD": ["201-225"]}
+
+
+def test_the_table_of_spider():
+    ids = np.array([[0, 1, 25], [100, 101, 125], [201, 225, 0]], np.int16)
+    classes = LabelTable(SPIDER).classes(ids)
+    assert classes.tolist() == [[0, 1, 1], [2, 1, 1], [3, 3, 0]]
+    assert classes.dtype == np.uint8
+
+
+def test_no_id_is_mapped_twice():
+    # Chaining 201 -> 3, then 3 -> 1, turns a disc into a vertebra.
+    table = LabelTable({"vertebrae": [3], "canal": [1, 2], "IVD": [201]})
+    assert table.classes(np.array([201, 3, 2, 1, 0])).tolist() == [3, 1, 2, 2, 0]
+
+
+@given(st.permutations(range(1, 30)), st.integers(1, 10), st.integers(11, 20))
+def test_every_id_becomes_its_own_class_whatever_the_ids(ids, first, second):
+    parts = {"vertebrae": ids[:first], "canal": ids[first:second], "IVD": ids[second:]}
+    expected = {i: CLASSES.index(name) for name, part in parts.items() for i in part} | {0: 0}
+    raw = np.arange(30)
+    assert LabelTable(parts).classes(raw).tolist() == [expected[i] for i in raw]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_any_integers_will_do(dtype):
+    assert LabelTable(SPIDER).classes(np.array([0, 25, 100, 225], dtype)).tolist() == [0, 1, 2, 3]
+
+
+def test_unknown_ids_are_all_listed():
+    ids = np.array([[26, 0, 300], [-4, 26, 100], [1, 200, 99]])
+    with pytest.raises(UnknownLabelError, match=r"unknown label ids \[-4, 26, 99, 200, 300\]") as caught:
+        LabelTable(SPIDER).classes(ids)
+    assert caught.value.ids == [-4, 26, 99, 200, 300]
+    assert pickle.loads(pickle.dumps(caught.value)).ids == caught.value.ids
+    # Within the table's reach, too.
+    with pytest.raises(UnknownLabelError, match=r"\[26\]"):
+        LabelTable(SPIDER).classes(np.array([26, 0]))
+
+
+def test_an_empty_array_has_no_unknown_ids():
+    assert LabelTable(SPIDER).classes(np.zeros((0, 3), np.int16)).shape == (0, 3)
+
+
+def test_the_table_written_out():
+    table = LabelTable({"IVD": ["7-8", 3, "3"], "background": [9]})
+    assert table.to_dict() == {"background": [0, 9], "vertebrae": [], "canal": [], "IVD": [3, 7, 8]}
+
+
+@pytest.mark.parametrize("twice", [{"vertebrae": ["1-25"], "IVD": [20]}, {"vertebrae": [20], "IVD": ["1-25"]}])
+def test_an_id_of_two_classes_is_an_error(twice):
+    with pytest.raises(ValueError, match="gives id 20 to both 'vertebrae' and 'IVD'; expected one class per id"):
+        LabelTable(twice)
+
+
+def test_zero_is_background():
+    with pytest.raises(ValueError, match="gives id 0 to both 'background' and 'canal'"):
+        LabelTable({"canal": [0]})
+
+
+def test_unknown_classes_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"names the classes \['disc'\]; expected names from \['background', .*'IVD'\]"
+    ):
+        LabelTable({"disc": [201]})
+
+
+@pytest.mark.parametrize("entry", ["25-1", "-1", -1, "1-", "a", "1-2-3", 65536, "1-70000", 1.5, None])
+def test_entries_that_are_no_ids_are_an_error(entry):
+    with pytest.raises(ValueError, match=r"holds .*; expected an id from 0 to 65535 or a range like '101-125'"):
+        LabelTable({"canal": [entry]})
+
+
+def test_class_counts_by_hand():
+    classes = np.array([[[0, 1], [1, 3]], [[0, 0], [0, 0]], [[2, 2], [3, 2]]], np.uint8)
+    counts = class_counts(classes)
+    assert counts.tolist() == [[1, 2, 0, 1], [4, 0, 0, 0], [0, 0, 3, 1]]
+    assert counts.dtype == np.int64

@@ -199,15 +199,16 @@ def test_grids_agree_up_to_the_tolerance(make_volume, name, tolerance):
     entry = np.zeros_like(getattr(volume, name))
     entry.ravel()[2:3] = 1  # one entry alone, neither the first nor all
     near = make_volume(**{name: getattr(volume, name) + 0.9 * tolerance * entry})
-    far = make_volume(**{name: getattr(volume, name) - 1.1 * tolerance * entry})
     assert geometry_differences(volume, near, TOLERANCES) == []
-    (difference,) = geometry_differences(volume, far, TOLERANCES)
-    assert re.fullmatch(rf"{name} \(\S+ \S+ .*\) against \(\S+ \S+ .*\)", difference)
+    far = make_volume(**{name: getattr(volume, name) + 1.1 * tolerance * entry})
+    for pair in ((volume, far), (far, volume)):
+        (difference,) = geometry_differences(*pair, TOLERANCES)
+        assert re.fullmatch(rf"{name} \(\S+ \S+ .*\) against \(\S+ \S+ .*\)", difference)
 
 
 def test_all_differences_are_told_but_size_rules_the_rest_out(make_volume):
     volume = make_volume()
-    other = make_volume(spacing_mm=(1, 1, 1), origin_mm=(0, 0, np.nan), direction=np.eye(3))
+    other = make_volume(spacing_mm=(1, 1, 1), origin_mm=(-12.5, 30.25, np.nan), direction=np.eye(3))
     assert [text.split()[0] for text in geometry_differences(volume, other, TOLERANCES)] == list(TOLERANCES)
     assert geometry_differences(volume, make_volume((6, 4, 5)), TOLERANCES) == ["size (5, 6, 4) against (5, 4, 6)"]
 
@@ -318,6 +319,16 @@ def test_truncated_files_are_errors(tmp_path, grey, capfd, suffix, compressed, k
     with pytest.raises(VolumeError, match=r"1_t2\S+: .+; expected .+\. [A-Z].*copy|Copy"):
         read_volume(path)
     assert capfd.readouterr() == ("", "")  # ITK's own complaints would only confuse
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nii.gz", ".nrrd"])
+def test_compressed_files_that_lack_a_byte_of_their_checksum_are_errors(tmp_path, grey, capfd, suffix):
+    path = store(grey, tmp_path / f"1_t2{suffix}")
+    target = volume_files(path)[-1]
+    target.write_bytes(target.read_bytes()[:-1])
+    with pytest.raises(VolumeError, match=r"1_t2\S+: compressed data that end early; expected all of them"):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nii.gz", ".nrrd"])

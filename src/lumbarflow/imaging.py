@@ -95,7 +95,7 @@ class LabelMap(Volume):
 
 def split_volume_name(name: str) -> tuple[str, str]:
     """File name -> (stem, suffix); the suffix is "" when it is not one of VOLUME_SUFFIXES (case ignored)."""
-    for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True):
+    for suffix in VOLUME_SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)], name[-len(suffix) :]
     return name, ""

@@ -1,0 +1,170 @@
+"""The project as its users meet it: names, layers, environments, imports and the texts that promise commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from kedro.config import OmegaConfigLoader
+
+ROOT = Path(__file__).parents[1]
+PIPELINES = {"synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__"}
+CATALOG = {
+    "series_index", "ingest_report", "slice_index", "split", "model_input", "model", "training_history", "predictions",
+    "metrics_by_class", "metrics_by_case",
+}  # fmt: skip
+LAYERS = ["raw", "intermediate", "primary", "model_input", "models", "model_output", "reporting"]
+
+
+def in_a_process(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    from lumbarflow.pipeline_registry import register_pipelines
+
+    return register_pipelines()
+
+
+def configuration(environment: str = "local") -> OmegaConfigLoader:
+    from lumbarflow.settings import CONFIG_LOADER_ARGS
+
+    patterns = {"mlflow": ["mlflow*"]}
+    return OmegaConfigLoader(
+        conf_source=str(ROOT / "conf"), env=environment, config_patterns=patterns, **CONFIG_LOADER_ARGS
+    )
+
+
+def test_the_public_pipelines_are_there_and_train_is_the_default(pipelines):
+    assert set(pipelines) == PIPELINES
+    assert pipelines["__default__"].nodes == pipelines["train"].nodes
+    steps = ("synthesize", "ingest", "preprocess", "fit", "evaluate", "register")
+    assert {n.name for n in pipelines["train"].nodes} == {n.name for s in steps for n in pipelines[s].nodes}
+
+
+def test_every_data_set_of_the_pipelines_is_a_catalog_entry_with_a_layer(pipelines):
+    catalog = configuration()["catalog"]
+    used = {name for name in pipelines["train"].datasets() if not name.startswith("params:")}
+    assert used == set(catalog)
+    assert set(catalog) >= CATALOG
+    for name, entry in catalog.items():
+        assert entry["metadata"]["kedro-viz"]["layer"] in LAYERS, name
+
+
+@pytest.mark.parametrize("environment", ["local", "spider"])
+def test_every_parameter_that_a_node_takes_is_configured(pipelines, environment):
+    parameters = configuration(environment)["parameters"]
+    taken = {name.removeprefix("params:") for name in pipelines["train"].inputs() if name.startswith("params:")}
+    assert taken <= set(parameters)
+
+
+def test_spider_states_only_what_differs_from_base():
+    base, spider = configuration()["parameters"], configuration("spider")["parameters"]
+    assert spider["preprocess"] == base["preprocess"] | {"size": [256, 256]}
+    assert spider["split"]["method"] == "patient"
+    assert spider["model"] == base["model"]
+
+
+@pytest.mark.parametrize("command", ["registry list", "catalog resolve-patterns", "catalog describe-datasets"])
+def test_looking_at_the_project_does_not_import_tensorflow(command):
+    code = (
+        "import sys\n"
+        "from kedro.framework.cli.cli import main\n"
+        "sys.argv = ['kedro', *sys.argv[1].split()]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "loaded = {'tensorflow', 'keras', 'jax', 'torch'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+        "print('finished')\n"
+    )
+    done = in_a_process(code, command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("finished")
+    assert done.stderr == "", "a command that only looks has nothing to say on stderr"
+
+
+def test_kedro_viz_loads_the_project_without_tensorflow():
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from kedro_viz.server import load_and_populate_data\n"
+        "load_and_populate_data(Path.cwd())\n"
+        "from kedro_viz.data_access import data_access_manager as access\n"
+        "names = {node.name for node in access.nodes.as_list()}\n"
+        "assert {'train_model', 'model_input', 'metrics_by_class'} <= names, names\n"
+        "loaded = {'tensorflow', 'keras'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_domain_modules_needs_neither_kedro_nor_mlflow():
+    modules = [
+        path.stem
+        for path in (ROOT / "src/lumbarflow").glob("*.py")
+        if path.stem not in ("config", "hooks", "settings", "pipeline_registry", "serving", "__init__")
+    ]
+    assert "imaging" in modules
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1].split(','):\n    importlib.import_module('lumbarflow.' + name)\n"
+        "loaded = {'kedro', 'mlflow', 'SimpleITK'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = in_a_process(code, ",".join(modules))
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_phones_home():
+    assert yaml.safe_load((ROOT / ".telemetry").read_text()) == {"consent": False}
+    code = "import os, lumbarflow; print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['KEDRO_DISABLE_TELEMETRY'])"
+    assert in_a_process(code).stdout.split() == ["true", "true"]
+
+
+def test_a_named_server_wins_over_the_default_store(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(ROOT / "src")  # from any folder of the project
+    default = configuration()["mlflow"]
+    assert default["server"]["mlflow_tracking_uri"] == f"sqlite:///{ROOT.as_posix()}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5999")
+    named = configuration("spider")["mlflow"]
+    assert named["server"]["mlflow_tracking_uri"] == "http://127.0.0.1:5999"
+    assert named["tracking"]["experiment"]["create_experiment_kwargs"]["artifact_location"] is None
+
+
+def test_constraints_are_names_and_versions_only_and_cover_the_dependencies():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    for line in pins:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line), line
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
+    project = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r'^    "([A-Za-z0-9-]+)>=', project, flags=re.MULTILINE)
+    assert len(named) > 8
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in named} <= pinned
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- test command -->\n```bash\n(.+?)\n```", readme, flags=re.DOTALL)
+    assert block is not None
+    assert block[1].startswith("python3 -m venv .venv && ")
+    assert block[1].endswith(".venv/bin/pytest")
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_pipelines_named_in_the_readme_exist():
+    commands = re.findall(r"kedro run --pipeline=(\w+)(?: --env=(\w+))?", (ROOT / "README.md").read_text())
+    assert commands
+    for pipeline, environment in commands:
+        assert pipeline in PIPELINES
+        assert not environment or (ROOT / "conf" / environment).is_dir()

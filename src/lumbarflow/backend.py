@@ -64,7 +64,9 @@ def quiet_stderr(description: str) -> Iterator[None]:
         yield
         return
     python_stderr = sys.stderr
-    with tempfile.TemporaryFile() as caught, open(terminal, "w", buffering=1, errors="replace") as unredirected:
+    # Stays open for good: whoever sets up logging inside the block (TensorFlow does) keeps writing to it afterwards.
+    unredirected = open(terminal, "w", buffering=1, errors="replace")  # noqa: SIM115
+    with tempfile.TemporaryFile() as caught:
         with contextlib.suppress(Exception):
             python_stderr.flush()
         # Only a sys.stderr that writes to descriptor 2 has to be moved; test runners and notebooks have others.

@@ -59,6 +59,18 @@ def test_every_data_set_of_the_pipelines_is_a_catalog_entry_with_a_layer(pipelin
         assert entry["metadata"]["kedro-viz"]["layer"] in LAYERS, name
 
 
+def test_layers_follow_the_flow_of_data(pipelines):
+    # Kedro-Viz draws no layers at all when one of them feeds an earlier one.
+    catalog = configuration()["catalog"]
+
+    def rank(name: str) -> int:
+        return LAYERS.index(catalog[name]["metadata"]["kedro-viz"]["layer"])
+
+    for node in pipelines["train"].nodes:
+        sources = [rank(name) for name in node.inputs if not name.startswith("params:")]
+        assert not sources or max(sources) <= min(rank(name) for name in node.outputs), node.name
+
+
 @pytest.mark.parametrize("environment", ["local", "spider"])
 def test_every_parameter_that_a_node_takes_is_configured(pipelines, environment):
     parameters = configuration(environment)["parameters"]

@@ -156,7 +156,15 @@ def fit(
         hardware["precision"],
     )
     epochs = _Epochs(training, train, Path(output) if output is not None else None, on_epoch)
-    model.fit(train, validation_data=validation, epochs=training.epochs, callbacks=[epochs], verbose=0)
+    model.fit(
+        train,
+        validation_data=validation,
+        epochs=training.epochs,
+        callbacks=[epochs],
+        verbose=0,
+        # SliceBatches has its own order; Keras would shuffle the batches once more, by Python's random numbers.
+        shuffle=False,
+    )
     return TrainingResult(epochs.best_model, epochs.history, epochs.best_epoch, epochs.stopped_by, hardware)
 
 

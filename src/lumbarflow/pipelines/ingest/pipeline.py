@@ -13,9 +13,9 @@ def create_pipeline(**kwargs) -> Pipeline:
                 ingest_series,
                 inputs=[
                     "raw_images@volumes",
-                    "raw_masks@volumes",
-                    "raw_images@digests",
-                    "raw_masks@digests",
+                    "raw_masks",
+                    "raw_image_digests",
+                    "raw_mask_digests",
                     "raw_overview",
                     "params:ingest",
                     "params:labels",
@@ -26,7 +26,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 report_ingest,
-                inputs=["ingested_series", "raw_images@digests", "raw_masks@digests", "raw_overview", "params:ingest"],
+                inputs=["ingested_series", "raw_image_digests", "raw_mask_digests", "raw_overview", "params:ingest"],
                 outputs=["ingest_report", "ingest_report_csv"],
                 name="report_ingest",
             ),

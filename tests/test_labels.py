@@ -46,9 +46,10 @@ def test_unknown_ids_are_all_listed():
         LabelTable(SPIDER).classes(ids)
     assert caught.value.ids == [-4, 26, 99, 200, 300]
     assert pickle.loads(pickle.dumps(caught.value)).ids == caught.value.ids
-    # Within the table's reach, too.
-    with pytest.raises(UnknownLabelError, match=r"\[26\]"):
-        LabelTable(SPIDER).classes(np.array([26, 0]))
+    # Alone, too: within the table's reach, below it (an index from the end!) and beyond.
+    for unknown in (26, -1, 226):
+        with pytest.raises(UnknownLabelError, match=rf"\[{unknown}\]"):
+            LabelTable(SPIDER).classes(np.array([unknown, 0]))
 
 
 def test_an_empty_array_has_no_unknown_ids():

@@ -1,0 +1,63 @@
+"""The commands of the README as a newcomer gives them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KEDRO = ROOT / ".venv/bin/kedro"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("pyproject.toml", ".telemetry", "conf", "src"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    shutil.rmtree(folder / "conf/local")
+    (folder / "conf/local").mkdir()
+    return folder
+
+
+def kedro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    return subprocess.run(
+        [KEDRO, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1200)
+def test_the_default_run_learns(clone):
+    done = kedro(clone, "run", "--pipeline=train")
+    assert done.returncode == 0, done.stderr
+    # Neither TensorFlow nor any other tool has talked over the run's own log.
+    assert done.stderr == ""
+    summary = json.loads((clone / "data/08_reporting/evaluation_summary.json").read_text())
+    assert summary["mean_foreground_dice"] >= 0.90
+    registration = json.loads((clone / "data/08_reporting/registration.json").read_text())
+    assert registration["promoted"]
+    assert (clone / "mlflow.db").is_file(), "the store lies in the project"
+    last = done.stdout.splitlines()[-8:]
+    assert "train finished" in last[0]
+    assert "mean foreground Dice" in last[1]
+
+
+@pytest.mark.integration
+def test_kedro_viz_builds_every_node_with_its_preview(clone):
+    done = kedro(clone, "viz", "build", "--include-previews")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "circular dependency" not in done.stdout
+    main = json.loads((clone / "build/api/pipelines/__default__").read_text())
+    names = {node["name"] for node in main["nodes"]}
+    assert {"train_model", "raw_images", "model_input", "metrics_by_class"} <= names
+    assert main["layers"][0] == "raw"
+    assert main["layers"][-1] == "reporting"
+    for node in main["nodes"]:
+        assert (clone / "build/api/nodes" / node["id"]).is_file()

@@ -47,6 +47,12 @@ def test_other_names_are_a_problem(series):
     assert "ingest.sequences" in scan.problem[2]
 
 
+@pytest.mark.parametrize("sequences", [["SPACE", "t2", "t2_SPACE"], ["t2_SPACE", "t2", "SPACE"]])
+def test_the_longest_sequence_is_taken(sequences):
+    (scan,) = take_inventory(["a_1_t2_SPACE.mha"], [], [], sequences).scans
+    assert (scan.patient, scan.sequence) == ("a_1", "t2_SPACE")
+
+
 def test_a_sequence_is_text_not_a_pattern():
     assert take_inventory(["1_tx2.mha"], [], [], ["t.2"]).scans[0].problem
     assert not take_inventory(["1_t.2.mha"], [], [], ["t.2"]).scans[0].problem

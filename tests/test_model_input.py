@@ -26,7 +26,7 @@ def root(tmp_path):
         shape = (facts["n_slices"], 4, 6)
         values = np.arange(np.prod(shape)).reshape(shape) + 100 * len(series)
         np.save(folder / "images.npy", values.astype(np.float16))
-        np.save(folder / "labels.npy", (values % 4).astype(np.uint8))
+        np.save(folder / "labels.npy", (values % 5 % 4).astype(np.uint8))
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     return tmp_path
 
@@ -45,7 +45,7 @@ def test_images_and_labels_are_views_of_the_mapped_files(root):
     assert image.dtype == np.float16 and label.dtype == np.uint8
     # 100 * the name's length + 24 values a slice
     assert np.array_equal(image, np.arange(548, 572).reshape(4, 6))
-    assert np.array_equal(label, np.arange(424, 448).reshape(4, 6) % 4)
+    assert np.array_equal(label, np.arange(424, 448).reshape(4, 6) % 5 % 4)
     for view in (image, label):
         assert isinstance(view, np.memmap) and not view.flags.writeable
     assert np.shares_memory(image, opened.image("10_t2", 2))  # opened once

@@ -37,6 +37,11 @@ def test_sampling_twice_as_coarse():
     np.testing.assert_allclose(axis_weights(4, 2, 2.0), expected, rtol=1e-6)
 
 
+def test_samples_between_the_outermost_centre_and_the_edge_are_held():
+    # Centres at -0.25, 1.5 and 3.25; the first is held at 0, where a triangle of half-width 7/4 gives 1 and 3/7.
+    np.testing.assert_allclose(axis_weights(4, 3, 1.75)[0], [0.7, 0.3, 0, 0], rtol=1e-6)
+
+
 def test_the_same_grid_is_the_identity():
     assert np.array_equal(axis_weights(5, 5, 1.0), np.eye(5))
 

@@ -85,8 +85,8 @@ def take_inventory(
                     inventory.ignored.append(f"{folder}/{name}")
                 continue
             files.setdefault(series, {"images": [], "masks": []})[folder].append(name)
-    # Longest first, or "t2_SPACE" would be read as patient "1_t2", sequence "SPACE".
-    pattern = re.compile(rf"(?P<patient>.+)_(?P<sequence>{'|'.join(sorted(map(re.escape, sequences), key=len)[::-1])})")
+    # As little as possible for the patient, or "1_t2_SPACE" would be patient "1_t2" where "SPACE" is a sequence too.
+    pattern = re.compile(rf"(?P<patient>.+?)_(?P<sequence>{'|'.join(map(re.escape, sequences))})")
     for series, found in sorted(files.items()):
         match = pattern.fullmatch(series)
         problem = None

@@ -109,7 +109,10 @@ def test_files_are_loaded_one_at_a_time_when_asked_for(folder, make_volume, tmp_
         loaders["2_t2.mha"]()
 
 
-def test_files_that_come_later_are_seen(folder, make_volume, tmp_path):
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_files_that_come_later_are_seen(folder, make_volume, tmp_path, there):
+    if there:
+        (tmp_path / "images").mkdir()
     assert folder.load() == {}
     write_volume(make_volume(), tmp_path / "images/1_t2.mha")
     assert list(folder.load()) == ["1_t2.mha"]

@@ -22,7 +22,7 @@ def test_overlays_show_each_case_in_its_aspect_with_what_was_missed_in_white():
     figure = overlay_figure([overlay, overlay])
     rows = figure.axes
     assert len(rows) == 8
-    assert rows[0].get_title().startswith("worst: x")
+    assert rows[0].get_title("left").startswith("worst: x")
     assert all(axis.get_aspect() == 2.0 for axis in rows)
     errors = rows[3].images[1].get_array()
     assert errors[1, 1].tolist() == [1, 1, 1, 0.9]

@@ -57,7 +57,7 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
             if layer is not None:
                 axis.imshow(layer, aspect=aspect, interpolation="nearest")
             # The case's own title stands above the first picture, on a line of its own.
-            axis.set_title(f"{overlay.title}\n{name}" if axis is row[0] else name, fontsize=9)
+            axis.set_title(f"{overlay.title}\n{name}" if axis is row[0] else name, fontsize=9, loc="left")
             axis.set_axis_off()
     handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ BFLOAT16_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 # bfloat16 came to NVIDIA's tensor cores with compute capability 8.0 (Ampere).
 BFLOAT16_GPU_CAPABILITY = (8, 0)
 CPU_INFORMATION = Path("/proc/cpuinfo")
+
+# Streams to the terminal that outlive `quiet_stderr`, held so that they are not closed as garbage.
+_left_open: list[IO[str]] = []
 
 
 @cache
@@ -66,6 +70,7 @@ def quiet_stderr(description: str) -> Iterator[None]:
     python_stderr = sys.stderr
     # Stays open for good: whoever sets up logging inside the block (TensorFlow does) keeps writing to it afterwards.
     unredirected = open(terminal, "w", buffering=1, errors="replace")  # noqa: SIM115
+    _left_open.append(unredirected)
     with tempfile.TemporaryFile() as caught:
         with contextlib.suppress(Exception):
             python_stderr.flush()

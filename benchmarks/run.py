@@ -1,6 +1,6 @@
 """Speed and memory of the stages that cost: slices per second and peak memory, each stage in a process of its own.
 
-    python benchmarks/run.py [--size 256] [--series 6] [--steps 12]
+    python benchmarks/run.py [--size 256] [--series 6] [--steps 8]
 
 Synthetic scans serve as input, so the figures can be compared between machines and commits. Absolute figures depend on
 the machine and on what else it does: compare them within one run.
@@ -61,10 +61,11 @@ def ingest(folder: Path, settings: dict, arguments) -> tuple[int, float]:
     from lumbarflow.store import SeriesStore, Work
 
     table, work = LabelTable(settings["labels"]["table"]), {}
+    options = settings["ingest"]["tolerances"], settings["preprocess"]["percentiles"]
     for path in sorted((folder / "images").iterdir()):
         scan = Scan(path.stem, path.stem, "t2", path.name, path.name, None)
         load = partial(read_volume, path), partial(read_volume, folder / "masks" / path.name, LabelMap)
-        work[path.stem] = Work("", partial(ingest_scan, scan, *load, table, settings["ingest"]["tolerances"]))
+        work[path.stem] = Work("", partial(ingest_scan, scan, *load, table, *options))
     store = SeriesStore(folder / "series")
     start = time.perf_counter()
     store.update(work)
@@ -177,7 +178,8 @@ def main() -> None:
         run_stage(arguments.stage, arguments.folder, arguments)
         return
     print(
-        f"{os.cpu_count()} cores, net input {arguments.size} x {arguments.size}, {arguments.series} series, NumPy {np.__version__}"
+        f"{os.cpu_count()} cores, net input {arguments.size} x {arguments.size}, {arguments.series} series, "
+        f"NumPy {np.__version__}"
     )
     print(f"{'stage':<12}{'slices':>8}{'seconds':>10}{'slices/s':>10}{'peak MiB':>10}")
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from lumbarflow.imaging import LabelMap, Orientation, VolumeError, read_volume, 
 from lumbarflow.labels import LabelTable
 
 SEQUENCES = ["t1", "t2", "t2_SPACE"]
+PERCENTILES = (0.5, 99.5)
 TOLERANCES = {"spacing_mm": 0.001, "origin_mm": 0.01, "direction": 0.0001}
 TABLE = LabelTable({"vertebrae": ["1-25", "101-125"], "canal": [100], "IVD": ["201-225"]})
 
@@ -122,7 +123,7 @@ def scan(**changes) -> Scan:
 
 
 def ingest(image, mask, **changes):
-    return ingest_scan(scan(**changes), lambda: image, lambda: mask, TABLE, TOLERANCES)
+    return ingest_scan(scan(**changes), lambda: image, lambda: mask, TABLE, TOLERANCES, PERCENTILES)
 
 
 def rejection(files) -> dict:
@@ -164,8 +165,8 @@ def test_an_accepted_series_is_sagittal_with_classes(make_pair):
     "row, facts",
     [
         (None, (False, "", False)),
-        ({"subset": " validation "}, (True, "validation", False)),
-        ({"subset": "hold-out", "SeriesDescription": "synthetic"}, (True, "", True)),
+        ({"subset": "validation"}, (True, "validation", False)),
+        ({"subset": "", "SeriesDescription": "synthetic"}, (True, "", True)),
         ({"subset": None, "SeriesDescription": None}, (True, "", False)),
     ],
 )
@@ -240,7 +241,7 @@ def test_lengths_that_are_not_positive(make_pair):
     ],
 )
 def test_an_image_without_a_mask_and_a_mask_without_an_image(missing, file, found):
-    record = rejection(ingest_scan(scan(**{missing: None}), None, None, TABLE, TOLERANCES))
+    record = rejection(ingest_scan(scan(**{missing: None}), None, None, TABLE, TOLERANCES, PERCENTILES))
     assert (record["file"], record["found"]) == (file, found)
     assert f"{missing}s/1_t2.<ext>" in record["expected"] and file in record["what_to_do"]
 
@@ -250,7 +251,7 @@ def test_a_problem_of_the_name_is_told_before_a_file_is_opened():
         raise AssertionError("opened")
 
     problem = ("the name '1_t2'", "another", "Rename it.")
-    record = rejection(ingest_scan(scan(problem=problem), open_file, open_file, TABLE, TOLERANCES))
+    record = rejection(ingest_scan(scan(problem=problem), open_file, open_file, TABLE, TOLERANCES, PERCENTILES))
     assert (record["found"], record["expected"], record["what_to_do"]) == problem
 
 
@@ -268,7 +269,7 @@ def test_an_unreadable_file_gives_its_reason_through_whatever_wraps_it(make_pair
             raise RuntimeError("a dataset failed") from error
 
     loaders = {"image": lambda: image, "mask": lambda: mask} | {spoilt: load}
-    record = rejection(ingest_scan(scan(), loaders["image"], loaders["mask"], TABLE, TOLERANCES))
+    record = rejection(ingest_scan(scan(), loaders["image"], loaders["mask"], TABLE, TOLERANCES, PERCENTILES))
     assert record["file"] == file
     assert "truncated" in record["what_to_do"]
     assert "key" not in record  # the file's content settles it: no need to try again
@@ -278,7 +279,7 @@ def test_a_failure_nobody_foresaw_is_that_series_alone_and_tried_again(make_pair
     def load():
         raise PermissionError("not yours")
 
-    record = rejection(ingest_scan(scan(), load, load, TABLE, TOLERANCES))
+    record = rejection(ingest_scan(scan(), load, load, TABLE, TOLERANCES, PERCENTILES))
     assert record["key"] is None
     assert record["found"] == "PermissionError: not yours"
 
@@ -288,4 +289,29 @@ def test_running_out_of_memory_is_no_fault_of_the_series():
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        ingest_scan(scan(), load, load, TABLE, TOLERANCES)
+        ingest_scan(scan(), load, load, TABLE, TOLERANCES, PERCENTILES)
+
+
+def inventory_of(*rows):
+    return take_inventory(["1_t1.mha", "1_t2.mha"], ["1_t1.mha", "1_t2.mha"], rows, ["t1", "t2"])
+
+
+def test_subsets_are_read_whatever_their_case_and_unknown_ones_are_an_error():
+    found = inventory_of({"new_file_name": "1_t1", "subset": " Validation "}, {"new_file_name": "1_t2", "subset": None})
+    assert [scan.row["subset"] for scan in found.scans] == ["validation", ""]
+    with pytest.raises(ValueError, match=r"subset 'test'; expected training or validation, or nothing"):
+        inventory_of({"new_file_name": "1_t1", "subset": "test"})
+
+
+def test_rows_that_name_a_file_belong_to_its_series():
+    found = inventory_of({"new_file_name": "1_t1.mha", "subset": ""}, {"new_file_name": "1_t2.nii.gz", "subset": ""})
+    assert [scan.row is not None for scan in found.scans] == [True, True]
+    assert found.absent == []
+
+
+def test_an_image_without_contrast_between_the_percentiles_is_rejected(make_pair):
+    image, mask = make_pair()
+    flat = np.zeros_like(image.array)
+    flat.flat[7] = 5  # not constant, but all that is left after clipping is
+    record = rejection(ingest_scan(scan(), lambda: image.with_array(flat), lambda: mask, TABLE, TOLERANCES, (10, 90)))
+    assert "constant (0) between percentiles 10 and 90" in record["found"]

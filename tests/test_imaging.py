@@ -473,3 +473,19 @@ def test_a_spoilt_header_is_an_error(tmp_path, grey, capfd, line, replacement):
     ):
         read_volume(path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 77, -1])
+def test_nifti_voxels_that_are_not_finite_are_found_before_itk_makes_them_0(tmp_path, suffix, dtype, value, place):
+    array = np.arange(3 * 40 * 50, dtype=dtype).reshape(3, 40, 50)
+    volume = Volume(array, (0.5, 0.7, 4.0), (0, 0, 0), np.eye(3))
+    path = tmp_path / f"1_t2{suffix}"
+    write_volume(volume, path)
+    np.testing.assert_array_equal(read_volume(path).array, array)
+    array.flat[place] = value
+    write_volume(volume, path)
+    with pytest.raises(VolumeError, match=r"voxels that aren't finite; expected finite numbers"):
+        read_volume(path)

@@ -77,7 +77,7 @@ def manifest(**changes) -> dict:
             slice_index[name] = value
         else:
             series_index[name] = value
-    record = {"n_slices": 2, "pixel_spacing_mm": [1.0, 1.0], "class_counts": [[1, 0, 0, 0]] * 2, "key": "k"}
+    record = {"n_slices": 2, "pixel_spacing_mm": [1.0, 1.0], "class_counts": [[1, 0, 0, 0]] * 2, "digest": "d"}
     return build_manifest(series_index, slice_index, {"a_t1": record, "b_t2": record}, settings)
 
 

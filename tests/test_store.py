@@ -147,7 +147,7 @@ def test_the_spider_layout(spider, spider_maker):
     spider.update({"1_t2_SPACE": spider_maker.work("1_t2_SPACE", "k")})
     expected = {"images/1_t2_SPACE.mha", "masks/1_t2_SPACE.mha", "anatomy/1_t2_SPACE.json"}
     assert names(spider.root) == expected
-    assert spider.series() == ["1_t2_SPACE"] and spider.foreign_images() == []
+    assert spider.series() == ["1_t2_SPACE"] and spider.foreign_files() == []
     assert spider.record("1_t2_SPACE") == {"key": "k", "series": "1_t2_SPACE", "of": "k"}
     assert np.array_equal(spider.volume("1_t2_SPACE", "image.mha").array, spider_maker.image.array)
     assert spider.update({"1_t2_SPACE": spider_maker.work("1_t2_SPACE", "k")}).reused == ["1_t2_SPACE"]
@@ -161,9 +161,10 @@ def test_files_of_somebody_else_are_never_touched(spider, spider_maker):
         write_volume(spider_maker.image, spider.root / name)
     (spider.root / "notes.txt").write_text("mine")
     before = {name: (spider.root / name).read_bytes() for name in names(spider.root)}
-    assert spider.foreign_images() == ["1_t2.nrrd", "9_t2.mha"]
+    assert spider.foreign_files() == ["images/1_t2.nrrd", "images/9_t2.mha", "masks/9_t2.mha"]
     spider.update({"1_t2": spider_maker.work("1_t2", "k")})
-    assert spider.foreign_images() == ["1_t2.nrrd", "9_t2.mha"]  # of the same name, another format
+    # Ours is not among them, but one of the same name in another format is.
+    assert spider.foreign_files() == ["images/1_t2.nrrd", "images/9_t2.mha", "masks/9_t2.mha"]
     spider.update({"1_t2": spider_maker.work("1_t2", "new")})
     spider.update({})
     assert {name: (spider.root / name).read_bytes() for name in names(spider.root)} == before
@@ -191,7 +192,7 @@ def test_an_interrupted_series_is_its_own_and_made_again(spider, spider_maker, m
         patch.setattr("lumbarflow.store.write_volume", killed)
         spider.update({"1_t2": spider_maker.work("1_t2", "k")})
     assert spider.path("1_t2", "image.mha").is_file()
-    assert spider.foreign_images() == []
+    assert spider.foreign_files() == []
     # Not even with the earlier settings is it current: its image is the new one.
     assert spider.update({"1_t2": spider_maker.work("1_t2", earlier or "k")}).made == ["1_t2"]
     assert spider.record("1_t2")["key"] == (earlier or "k")

@@ -7,4 +7,6 @@ __version__ = "0.1.0"
 # Nothing phones home. The libraries read these when they are imported, so they stand before any such import.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+# With a server that does not answer, commands that only look would retry for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ["KEDRO_DISABLE_TELEMETRY"] = "true"

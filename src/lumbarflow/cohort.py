@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 
 from lumbarflow.imaging import LabelMap, Volume, VolumeError, geometry_differences, split_volume_name, to_sagittal
+from lumbarflow.intensity import Normalisation
 from lumbarflow.labels import FOREGROUND, LabelTable, UnknownLabelError, class_counts
 
 # What overview.csv says of a synthetic series (phantom.py writes it): the registry tells them from real ones by it.
 SYNTHETIC_MARK = "synthetic"
+
+# The values of overview.csv's subset column; the second one holds the official test patients.
+SUBSETS = ("training", "validation")
 
 ACCEPTED, REJECTED, ABSENT, IGNORED = "accepted", "rejected", "absent", "ignored"
 
@@ -71,9 +75,13 @@ def take_inventory(
         images, masks: file names in the two folders.
         overview: rows with at least `new_file_name`; others, such as `subset`, are kept.
         sequences: names that a series may end in, e.g. t1, t2, t2_SPACE.
+    Raises:
+        ValueError: a subset that is neither empty nor one of SUBSETS; taken for empty, it would let official test
+            patients train.
     """
     inventory = Inventory()
-    rows = {str(row["new_file_name"]).strip(): row for row in overview}
+    # Some list the series by its file's name.
+    rows = {split_volume_name(str(row["new_file_name"]).strip())[0]: _with_subset(row) for row in overview}
     files: dict[str, dict[str, list[str]]] = {}
     for folder, names in (("images", images), ("masks", masks)):
         for name in sorted(names):
@@ -114,12 +122,22 @@ def take_inventory(
     return inventory
 
 
+def _with_subset(row: Mapping[str, Any]) -> dict[str, Any]:
+    subset = str(row.get("subset") or "").strip().lower()
+    if subset not in ("", *SUBSETS):
+        raise ValueError(
+            f"overview.csv: subset {row['subset']!r}; expected {' or '.join(SUBSETS)}, or nothing. Correct the table."
+        )
+    return {**row, "subset": subset}
+
+
 def ingest_scan(
     scan: Scan,
     load_image: Callable[[], Volume] | None,
     load_mask: Callable[[], LabelMap] | None,
     labels: LabelTable,
     tolerances: Mapping[str, float],
+    percentiles: tuple[float, float],
 ) -> dict[str, Any]:
     """Check one series and turn it sagittal.
 
@@ -127,6 +145,7 @@ def ingest_scan(
         load_image, load_mask: read the two files; called only if the names are right.
         labels: raw ids -> classes.
         tolerances: see `imaging.geometry_differences`.
+        percentiles: an image must have contrast between them, or it could not be normalised later.
     Returns:
         Files for a SeriesStore: `record.json` always, `image.mha` and `labels.mha` (uint8 classes, sagittal) if the
         series is accepted. No series raises: what is wrong with it stands in its record.
@@ -134,7 +153,7 @@ def ingest_scan(
     record: dict[str, Any] = {"series": scan.series, "patient": scan.patient, "sequence": scan.sequence}
     try:
         image, mask = _load_pair(scan, load_image, load_mask)
-        classes, facts = _check_pair(scan, image, mask, labels, tolerances)
+        classes, facts = _check_pair(scan, image, mask, labels, tolerances, percentiles)
     except SeriesRejected as reason:
         return {
             "record.json": record
@@ -216,7 +235,12 @@ def _volume_error(error: BaseException | None) -> VolumeError | None:
 
 
 def _check_pair(
-    scan: Scan, image: Volume, mask: LabelMap, labels: LabelTable, tolerances: Mapping[str, float]
+    scan: Scan,
+    image: Volume,
+    mask: LabelMap,
+    labels: LabelTable,
+    tolerances: Mapping[str, float],
+    percentiles: tuple[float, float],
 ) -> tuple[LabelMap, dict[str, Any]]:
     image_file, mask_file = f"images/{scan.image}", f"masks/{scan.mask}"
     differences = geometry_differences(mask, image, tolerances)
@@ -237,6 +261,10 @@ def _check_pair(
             image_file, f"the constant value {image.array.flat[0]}", "an image with contrast", "Export it again."
         )
     try:
+        Normalisation.of(image.array, percentiles)
+    except ValueError as error:
+        raise SeriesRejected(image_file, str(error), "an image with contrast", "Export it again.") from None
+    try:
         classes = labels.classes(mask.array)
     except UnknownLabelError as error:
         raise SeriesRejected(
@@ -248,10 +276,9 @@ def _check_pair(
     if not np.any(np.isin(classes, list(FOREGROUND))):
         raise SeriesRejected(mask_file, "an empty mask", "vertebrae, canal or IVD", "Segment it, or remove the series.")
     row = scan.row or {}
-    subset = str(row.get("subset") or "").strip()
     facts = {
         "listed": scan.row is not None,
-        "subset": subset if subset in ("training", "validation") else "",
+        "subset": row.get("subset") or "",
         "synthetic": str(row.get("SeriesDescription") or "").strip() == SYNTHETIC_MARK,
     }
     return LabelMap(classes, mask.spacing_mm, mask.origin_mm, mask.direction), facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,15 +19,23 @@ def quiet_tools() -> None:
     # MLflow asks for this warning in a filter of its own, so none of ours would stop it; recording it does.
     with warnings.catch_warnings(record=True):
         import kedro_mlflow.mlflow  # noqa: F401
+    if "viz" in sys.argv:
+        # Kedro-Viz asks the package index for its newest version at every start: nothing phones home.
+        from kedro_viz.integrations import pypi
+
+        pypi.get_latest_version = lambda: None
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated")
 
 
-def project_path(prefix: str, name: str) -> str:
-    """`prefix` + the absolute path of `name` in the project's root, from whichever of its folders Kedro is called."""
+def project_path(name: str | int) -> str:
+    """The absolute path of `name`, relative to the project's root from whichever of its folders Kedro is called.
+
+    `~` is the home folder; a folder named by a number arrives as one.
+    """
     root = find_kedro_project(Path.cwd()) or Path.cwd()
-    return f"{prefix}{(Path(root) / name).as_posix()}"
+    return Path(os.path.normpath(Path(root) / Path(str(name)).expanduser())).as_posix()
 
 
 def artifact_location() -> str | None:
     """Where MLflow keeps artefacts: in the project beside its SQLite file, or wherever a named server keeps them."""
-    return None if os.environ.get("MLFLOW_TRACKING_URI") else project_path("", "mlruns")
+    return None if os.environ.get("MLFLOW_TRACKING_URI") else project_path("mlruns")

@@ -8,7 +8,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -44,6 +47,19 @@ def value_digest(value: Any) -> str:
     """Hex digest of a JSON-able value; the order of dictionary keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def array_digest(*arrays: np.ndarray) -> str:
+    """Hex digest of some arrays' bytes, in the order given."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """Hex digest of some modules' source: results made by other code than today's are outdated."""
+    return file_digest(module.__file__ for module in modules)
 
 
 def file_digest(paths: Iterable[str | Path]) -> str:

@@ -80,7 +80,7 @@ class RunHooks:
             if name in self._made:
                 lines.append(f"see {getattr(catalog.get(name), '_filepath', name)}")
         if "registration" in self._made:
-            lines.append("next: mlflow ui (runs, models), kedro viz run (the pipeline)")
+            lines.append("next: kedro mlflow ui (runs, models), kedro viz run (the pipeline)")
         elif names[-1] in _NEXT:
             environment = f" --env={run_params['env']}" if run_params.get("env") else ""
             lines.append(f"next: {_NEXT[names[-1]]}{environment} (with the same --params)")

@@ -252,11 +252,26 @@ def _nifti_bytes(path: Path) -> tuple[int, int]:
         order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(head[:4])  # 348, the header's length, at its start
         if order is None or len(head) < 348 or head[344:347] != b"n+1":
             raise VolumeError(path, "no NIfTI-1 header", "one file with header and voxels", _COPY_AGAIN)
-        present = len(head) + sum(map(len, blocks))
-    dimensions, *sizes = struct.unpack_from(order + "8h", head, 40)
-    (bits,) = struct.unpack_from(order + "h", head, 72)
-    (offset,) = struct.unpack_from(order + "f", head, 108)
+        dimensions, *sizes = struct.unpack_from(order + "8h", head, 40)
+        kind, bits = struct.unpack_from(order + "2h", head, 70)
+        (offset,) = struct.unpack_from(order + "f", head, 108)
+        floats = {16: "f4", 64: "f8"}.get(kind)
+        present, rest = len(head), head[int(offset) :]
+        for block in blocks:
+            present += len(block)
+            if floats:
+                _check_finite(path, rest + block, order + floats)
+                rest = block[len(block) - (len(rest) + len(block)) % (bits // 8) :]
+        if floats:
+            _check_finite(path, rest, order + floats)
     return present, int(offset) + math.prod(max(1, size) for size in sizes[: max(0, dimensions)]) * bits // 8
+
+
+def _check_finite(path: Path, voxels: bytes, dtype: str) -> None:
+    """ITK's NIfTI reader turns what isn't finite into 0, so it has to be found before."""
+    whole = len(voxels) // np.dtype(dtype).itemsize
+    if not np.all(np.isfinite(np.frombuffer(voxels, dtype, whole))):
+        raise VolumeError(path, "voxels that aren't finite", "finite numbers", _COPY_AGAIN)
 
 
 def _check_nrrd(path: Path) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from lumbarflow.files import array_digest
 from lumbarflow.imaging import LabelMap, Volume, to_sagittal
 from lumbarflow.intensity import Normalisation
 from lumbarflow.resampling import InPlaneGrid
 
 # What a Segmenter needs to know beside the net; saved with every registered model.
 SETTINGS = ("size", "keep_aspect", "percentiles", "batch_size")
+
+
+def weights_digest(model: Any) -> str:
+    """Hex digest of a Keras model's weights: tells whether figures or predictions are of this very net."""
+    return array_digest(*model.get_weights())
 
 
 class Segmenter:
@@ -34,13 +39,6 @@ class Segmenter:
         self.keep_aspect = bool(settings["keep_aspect"])
         self.percentiles = tuple(settings["percentiles"])
         self.batch_size = int(settings["batch_size"])
-
-    def digest(self) -> str:
-        """Hex digest of the net's weights: tells whether predictions were made by this very net."""
-        digest = hashlib.blake2b(digest_size=16)
-        for weights in self.model.get_weights():
-            digest.update(np.ascontiguousarray(weights).tobytes())
-        return digest.hexdigest()
 
     def probabilities(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> np.ndarray:
         """Class probabilities on the slices' own grid.

@@ -33,7 +33,7 @@ class Normalisation:
         if not lower < upper:
             raise ValueError(
                 f"intensities are constant ({lower:g}) between percentiles {percentiles[0]:g} and {percentiles[1]:g}; "
-                "expected an image with contrast"
+                "expected an image with contrast there"
             )
         clipped = np.clip(array, lower, upper).astype(np.float32)
         mean = float(clipped.mean(dtype=np.float64))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow.files import value_digest
+from lumbarflow.files import array_digest, value_digest
 from lumbarflow.imaging import LabelMap, Volume
 from lumbarflow.intensity import Normalisation
 from lumbarflow.labels import CLASSES, class_counts
@@ -25,8 +25,9 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
         settings: `size` [rows, columns], `keep_aspect`, `percentiles`.
     Returns:
         Files for a SeriesStore: `images.npy` float16 and `labels.npy` uint8, both (n, H, W), and `record.json` with
-        n_slices, pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, the confusion matrix of the reference
-        against itself sent to the net's size and back: no model of this size can be expected to do better.
+        n_slices, digest (of both arrays), pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, the confusion
+        matrix of the reference against itself sent to the net's size and back: what a net that knew every pixel's
+        class shares would score.
     """
     column, row, _ = image.spacing_mm
     grid = InPlaneGrid(image.array.shape[1:], (row, column), tuple(settings["size"]), settings["keep_aspect"])
@@ -41,10 +42,11 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
     resampled = grid.labels_to_model(labels.array)
     record = {
         "n_slices": len(images),
+        "digest": array_digest(images, resampled),
         "pixel_spacing_mm": list(grid.model_spacing_mm),
         "normalisation": normalisation.to_dict(),
         "class_counts": class_counts(resampled).tolist(),
-        "ceiling": confusion_matrix(labels.array, grid.labels_to_native(resampled)).tolist(),
+        "ceiling": confusion_matrix(labels.array, grid.labels_there_and_back(labels.array)).tolist(),
     }
     return {IMAGES: images, LABELS: resampled, "record.json": record}
 
@@ -60,7 +62,7 @@ def build_manifest(
     Args:
         series_index: accepted series with `series`, `patient`, `sequence`, `synthetic`, `image_digest`, `mask_digest`.
         slice_index: see `selection.index_slices`.
-        records: series -> record of `prepare_series`, with its `key`.
+        records: series -> record of `prepare_series`.
         settings: `preprocess`, `split`, `filter`, `labels` as they were used.
     """
     kept = slice_index[slice_index["kept"]]
@@ -94,7 +96,10 @@ def build_manifest(
             row.series: {
                 "patient": row.patient,
                 "sequence": row.sequence,
-                **{name: records[row.series][name] for name in ("n_slices", "pixel_spacing_mm", "class_counts", "key")},
+                **{
+                    name: records[row.series][name]
+                    for name in ("n_slices", "pixel_spacing_mm", "class_counts", "digest")
+                },
             }
             for row in series_index.itertuples()
         },

@@ -99,22 +99,23 @@ class InPlaneGrid:
     def labels_to_model(self, labels: np.ndarray) -> np.ndarray:
         """uint8 (n, rows, columns) -> uint8 (n, H, W): the class with the largest share of each pixel."""
         self._check(labels, self.native_shape)
-        return self._decide(labels, self._forward)
+        return _resample_labels(labels, self._forward)
 
     def labels_to_native(self, labels: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W) -> uint8 (n, rows, columns), the class shares resampled, then decided."""
         self._check(labels, self.size)
-        return self._decide(labels, self._backward)
+        return _resample_labels(labels, self._backward)
 
-    @staticmethod
-    def _decide(labels: np.ndarray, taps: tuple[_Taps, _Taps]) -> np.ndarray:
-        # Shares are resampled and then decided; averaging ids 1 and 3 would invent a canal between bone and disc.
-        foreground = np.array(FOREGROUND, np.uint8)[:, None, None]
-        decided = np.empty((len(labels), len(taps[0].weights), len(taps[1].weights)), np.uint8)
+    def labels_there_and_back(self, labels: np.ndarray) -> np.ndarray:
+        """uint8 (n, rows, columns) -> the same: what is left of labels that only the resampling has touched.
+
+        The class shares go to the net's size and back as probabilities do, and are decided once, at the end.
+        """
+        self._check(labels, self.native_shape)
+        decided = np.empty_like(labels)
         for index, plane in enumerate(labels):
-            shares = _resample(plane == foreground, *taps)
-            background = 1.0 - shares.sum(axis=0, keepdims=True)  # padding included: nothing else is there
-            decided[index] = np.concatenate([background, shares]).argmax(axis=0)  # ties go to the lower class
+            shares = _resample(plane == _foreground(), *self._forward)
+            decided[index] = _decide(_resample(shares, *self._backward))
         return decided
 
     @staticmethod
@@ -160,3 +161,22 @@ def _along_rows(plane: np.ndarray, taps: _Taps) -> np.ndarray:
     for indices, weights in zip(taps.indices.T, taps.weights.T, strict=True):
         result += plane[indices] * weights[:, None]
     return result
+
+
+def _foreground() -> np.ndarray:
+    """uint8 (classes - 1, 1, 1): compared with a plane, one mask per foreground class."""
+    return np.array(FOREGROUND, np.uint8)[:, None, None]
+
+
+def _resample_labels(labels: np.ndarray, taps: tuple[_Taps, _Taps]) -> np.ndarray:
+    # Shares are resampled and then decided; averaging ids 1 and 3 would invent a canal between bone and disc.
+    decided = np.empty((len(labels), len(taps[0].weights), len(taps[1].weights)), np.uint8)
+    for index, plane in enumerate(labels):
+        decided[index] = _decide(_resample(plane == _foreground(), *taps))
+    return decided
+
+
+def _decide(shares: np.ndarray) -> np.ndarray:
+    """float32 (classes - 1, r, c) shares of the foreground -> uint8 (r, c); ties go to the lower class."""
+    background = 1.0 - shares.sum(axis=0, keepdims=True)  # padding included: nothing else is there
+    return np.concatenate([background, shares]).argmax(axis=0).astype(np.uint8)

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lumbarflow.labels import CLASSES, FOREGROUND
+from lumbarflow.parameters import check_names
 
+SETTINGS = ("sides", "minimum_classes", "imbalance_rule", "imbalance_limit", "slices_per_sequence", "seed")
 COUNT_COLUMNS = [f"pixels_{name}" for name in CLASSES]
 
 
@@ -39,6 +41,7 @@ def index_slices(split: pd.DataFrame, counts: Mapping[str, np.ndarray], settings
     Raises:
         ValueError: an unknown rule, or a side left without a slice.
     """
+    check_names(settings, SETTINGS, "filter")
     rule_name = settings["imbalance_rule"]
     if rule_name is not None and rule_name not in IMBALANCE_RULES:
         raise ValueError(

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from lumbarflow.model_input import SIDES
+from lumbarflow.parameters import check_names
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("patient", "official", "slice")
+SETTINGS = ("method", "seed", "validation_fraction", "test_fraction", "validation_is_test")
 COLUMNS = ["patient", "sequence", "series", "slice", "side"]
 
 
@@ -30,6 +32,7 @@ def split_slices(series_index: pd.DataFrame, settings: Mapping[str, Any]) -> pd.
     Raises:
         ValueError: unknown method, an empty side, or a patient on two sides (unless the method is `slice`).
     """
+    check_names(settings, SETTINGS, "split")
     method = settings["method"]
     if method not in METHODS:
         raise ValueError(f"split.method is {method!r}; expected one of {', '.join(METHODS)}")
@@ -55,7 +58,7 @@ def split_slices(series_index: pd.DataFrame, settings: Mapping[str, Any]) -> pd.
 
 
 _EXPLANATIONS = {
-    "patient": "With few patients raise split.validation_fraction or split.test_fraction, or add patients.",
+    "patient": "Each side needs a patient, three at least: add patients, or lower the fractions of the other sides.",
     "official": (
         "The official split tests on the patients whose subset is 'validation' in overview.csv; a partial copy may "
         "hold none of them. Add their scans, or use split.method=patient."

@@ -152,10 +152,14 @@ class SpiderLayoutStore(SeriesStore):
         folder, suffix = self.FOLDERS[name]
         return self.root / folder / f"{series}{suffix}"
 
-    def foreign_images(self) -> list[str]:
-        """Names of image files that this store did not write."""
-        own = {self.path(series, "image.mha").name for series in self.series()}
-        return sorted(path.name for path in self.root.glob("images/[!.]*") if path.name not in own)
+    def foreign_files(self) -> list[str]:
+        """Images, masks and an overview that this store did not write, relative to the folder."""
+        series = self.series()
+        own = {self.path(name, file) for name in series for file in ("image.mha", "mask.mha")}
+        found = [path for folder in ("images", "masks") for path in self.root.glob(f"{folder}/[!.]*")]
+        if not series:  # an overview beside series of its own was made from their records
+            found += self.root.glob("overview.csv")
+        return sorted(path.relative_to(self.root).as_posix() for path in found if path not in own)
 
     def _key(self, series: str) -> str | None:
         # Files in a folder that people use may be gone while their record is still there.

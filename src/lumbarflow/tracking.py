@@ -22,6 +22,11 @@ def tag_run(tags: Mapping[str, Any]) -> None:
         mlflow.set_tags({key: str(value).lower() if isinstance(value, bool) else value for key, value in tags.items()})
 
 
+def tag_manifest(manifest: Mapping[str, Any]) -> None:
+    """Tag the active run with what tells its data from others."""
+    tag_run({name: manifest[name] for name in MANIFEST_TAGS})
+
+
 def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
     """Log the finite numbers among `metrics` to the active run."""
     import mlflow

@@ -1,6 +1,6 @@
 """Training from a `model_input` folder, with Keras and NumPy alone; importing this imports Keras.
 
-    result = fit(ModelInput.open("data/05_model_input/model_input"), settings)
+    result = fit(ModelInput.open("data/05_model_input"), settings)
     save_model(result.model, "model.keras")
 
 Slices are read from mapped files batch by batch. Every random number of a slice follows from the seed, the epoch and
@@ -26,6 +26,7 @@ from lumbarflow.backend import describe_hardware, load_keras, set_seed
 from lumbarflow.files import write_atomically
 from lumbarflow.losses import FocalDiceLoss, MeanIoU
 from lumbarflow.model_input import ModelInput
+from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
 
 keras = load_keras()
@@ -371,10 +372,8 @@ def _build_model(settings: Mapping, size: tuple[int, int], classes: int, precisi
 
 
 def _check_names(values: Mapping, function: Callable, section: str, reserved=(), extra=()) -> None:
-    allowed = [*extra, *(name for name in inspect.signature(function).parameters if name not in reserved)]
-    unknown = sorted(set(values) - set(allowed))
-    if unknown:
-        raise ValueError(f"unknown setting {section}.{unknown[0]}; expected some of {allowed}.")
+    taken = (name for name in inspect.signature(function).parameters if name not in reserved)
+    check_names(values, [*extra, *taken], section)
 
 
 def _learning_rate(settings: TrainingSettings, steps_per_epoch: int):

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from kedro.io import DatasetError
 
 from lumbarflow.datasets import SeriesStoreDataset, SyntheticCohortDataset
 from lumbarflow.imaging import write_volume
@@ -80,4 +81,20 @@ def test_a_folder_with_scans_of_somebody_else_is_left_alone(dataset, plan, make_
         dataset.save({"1_t1": plan("1_t1")})
     assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
     assert not dataset.exists()
-    assert caplog.messages == [f"{raw} holds 1 images of yours: nothing is synthesized"]
+    assert caplog.messages == [f"{raw} holds 2 files of yours: nothing is synthesized"]
+
+
+def test_an_overview_of_somebody_else_is_left_alone(dataset, plan, tmp_path):
+    raw = tmp_path / "01_raw"
+    raw.mkdir()
+    (raw / "overview.csv").write_text("new_file_name,subset\n500_t2,validation\n")
+    dataset.save({"1_t1": plan("1_t1")})
+    assert (raw / "overview.csv").read_text() == "new_file_name,subset\n500_t2,validation\n"
+    assert not (raw / "images").exists()
+
+
+def test_files_of_somebody_else_beside_synthetic_ones_are_an_error(dataset, plan, make_volume, tmp_path):
+    dataset.save({"1_t1": plan("1_t1")})
+    write_volume(make_volume(), tmp_path / "01_raw/images/99_t2.mha")
+    with pytest.raises(DatasetError, match=r"1 files of yours \(images/99_t2.mha, ...\) beside synthetic scans"):
+        dataset.save({"1_t1": plan("1_t1")})

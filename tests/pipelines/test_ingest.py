@@ -74,9 +74,7 @@ def test_each_damage_has_its_line_and_takes_no_other_series_down(raw, write_scan
 def test_too_many_rejections_stop_the_run_after_the_report_is_written(raw, kedro_run, project):
     for name in ("1_t1.mha", "2_t2.nrrd"):
         (raw / "masks" / name).unlink()
-    with pytest.raises(
-        ValueError, match=r"2 of 5 series were rejected, more than ingest.max_rej\w+ \(0.2\)"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 5 series were rejected, more than ingest.max_rej\w+ \(0.2\)"):
         kedro_run("ingest", raw_dir=str(raw))
     report = pd.read_csv(project / "data/08_reporting/ingest_report.csv")
     assert (report["outcome"] == "rejected").sum() == 2

@@ -51,8 +51,8 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
 class SyntheticCohortDataset(SeriesStoreDataset):
     """Synthetic scans in the SPIDER layout, with `overview.csv` made from the rows in their records.
 
-    Saving an empty mapping leaves the folder as it is. A folder that holds images of somebody else is left alone too:
-    synthetic scans are never mixed into a person's data.
+    Saving an empty mapping leaves the folder as it is. So does finding somebody's own files there and no synthetic
+    ones. Both together are an error: a cohort is never a mixture by accident.
 
     YAML:
         raw_images@synthetic:
@@ -65,11 +65,16 @@ class SyntheticCohortDataset(SeriesStoreDataset):
 
     def save(self, data: Mapping[str, Work]) -> None:
         store = self.load()
-        foreign = store.foreign_images()
         if not data:
             return
-        if foreign:
-            logger.info("%s holds %d images of yours: nothing is synthesized", self._path, len(foreign))
+        if foreign := store.foreign_files():
+            if store.series():
+                raise ValueError(
+                    f"{self._path}: {len(foreign)} files of yours ({foreign[0]}, ...) beside synthetic scans; expected "
+                    "one or the other. Move yours to a folder of their own and name it with --params=raw_dir=DIR, or "
+                    "delete images/, masks/, anatomy/ and overview.csv of the synthetic ones."
+                )
+            logger.info("%s holds %d files of yours: nothing is synthesized", self._path, len(foreign))
             return
         store.update(data, self._description)
         overview = pd.DataFrame([record["overview"] for record in store.records().values()])

@@ -9,25 +9,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import metrics, tracking
+from lumbarflow import imaging, inference, intensity, metrics, resampling, tracking
 from lumbarflow.figures import Overlay, confusion_figure, overlay_figure
-from lumbarflow.files import value_digest
+from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, Orientation
-from lumbarflow.inference import Segmenter
+from lumbarflow.inference import Segmenter, weights_digest
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
+from lumbarflow.parameters import check_names
+from lumbarflow.provenance import check_training
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
 
 
 def predict_test(
-    model: Any, model_input: ModelInput, series: SeriesStore, split: pd.DataFrame, settings: dict[str, Any]
+    model: Any,
+    training_record: dict[str, Any],
+    model_input: ModelInput,
+    series: SeriesStore,
+    split: pd.DataFrame,
+    settings: dict[str, Any],
 ) -> dict[str, Work]:
     """Plan the segmentation of every series with test slices, in the storage order of its raw file."""
+    check_names(settings, ("batch_size",), "evaluation")
+    weights = weights_digest(model)
+    check_training(training_record, weights, model_input.manifest)
+    tracking.tag_manifest(model_input.manifest)
     segmenter_settings = model_input.segmenter_settings(settings["batch_size"])
     segmenter = Segmenter(model, segmenter_settings)
-    weights = segmenter.digest()
+    code = source_digest(inference, resampling, intensity, imaging)
 
     def predict(name: str) -> dict[str, Any]:
         image = series.volume(name, "image.mha")
@@ -39,13 +50,19 @@ def predict_test(
 
     names = sorted(split.loc[split["side"] == "test", "series"].unique())
     return {
-        name: Work(value_digest([weights, segmenter_settings, series.record(name)["key"]]), partial(predict, name))
+        name: Work(
+            value_digest([code, weights, segmenter_settings, series.record(name)["key"]]), partial(predict, name)
+        )
         for name in names
     }
 
 
 def score_cases(
-    predictions: SeriesStore, series: SeriesStore, prepared: SeriesStore, split: pd.DataFrame
+    predictions: SeriesStore,
+    series: SeriesStore,
+    prepared: SeriesStore,
+    model_input: ModelInput,
+    split: pd.DataFrame,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any], dict[str, Any]]:
     """Compare predictions with references, over all test slices, none filtered out."""
     test = split[split["side"] == "test"]
@@ -64,6 +81,8 @@ def score_cases(
         "mean_foreground_dice": mean,
         "ceiling_mean_foreground_dice": metrics.mean_foreground_dice(ceiling),
         **{f"dice_{name}": float(at_pooled.loc[name, "dice"]) for name in CLASSES},
+        "weights": predictions.record(next(iter(cases)))["model"],
+        "content_hash": model_input.manifest["content_hash"],
         "test_patients": int(test["patient"].nunique()),
         "test_series": len(cases),
         "test_slices": len(test),
@@ -75,7 +94,7 @@ def score_cases(
                     row.recall)  # fmt: skip
     logger.info(
         "mean foreground Dice %.4f over %d slices of %d test patients (pooled, native grid); "
-        "the input size alone allows %.4f",
+        "the reference itself, resampled to the input size and back, has %.4f",
         mean, len(test), summary["test_patients"], summary["ceiling_mean_foreground_dice"],
     )  # fmt: skip
     return by_case, by_case, by_class, by_class, {"classes": list(CLASSES), "counts": pooled.tolist()}, summary

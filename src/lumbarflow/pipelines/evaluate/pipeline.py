@@ -11,13 +11,20 @@ def create_pipeline(**kwargs) -> Pipeline:
         [
             node(
                 predict_test,
-                inputs=["model", "model_input", "ingested_series", "split", "params:evaluation"],
+                inputs=[
+                    "model",
+                    "training_record",
+                    "model_input",
+                    "ingested_series",
+                    "split",
+                    "params:evaluation",
+                ],
                 outputs="predictions",
                 name="predict_test",
             ),
             node(
                 score_cases,
-                inputs=["predictions", "ingested_series", "prepared_series", "split"],
+                inputs=["predictions", "ingested_series", "prepared_series", "model_input", "split"],
                 outputs=[
                     "metrics_by_case",
                     "metrics_by_case_csv",

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow import tracking
+from lumbarflow.inference import weights_digest
 from lumbarflow.model_input import ModelInput
 
 
@@ -16,11 +17,22 @@ def train_model(
     loss: dict[str, Any],
     training: dict[str, Any],
     augmentation: dict[str, Any],
-) -> tuple[Any, pd.DataFrame, pd.DataFrame]:
-    """Train the net and keep the weights of the best epoch; the history is returned for machines and for people."""
+) -> tuple[Any, dict[str, Any], pd.DataFrame, pd.DataFrame]:
+    """Train the net and keep the weights of the best epoch.
+
+    Returns the net, what it was trained on and how, and the history (twice: for machines and for people).
+    """
     from lumbarflow.training import fit
 
+    tracking.tag_manifest(model_input.manifest)
     settings = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
     result = fit(model_input, settings, on_epoch=tracking.log_epoch)
+    record = {
+        "content_hash": model_input.manifest["content_hash"],
+        "weights": weights_digest(result.model),
+        "best_epoch": result.best_epoch,
+        "stopped_by": result.stopped_by,
+        "hardware": result.hardware,
+    }
     history = pd.DataFrame(result.history)
-    return result.model, history, history
+    return result.model, record, history, history

@@ -12,7 +12,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             node(
                 train_model,
                 inputs=["model_input", "params:model", "params:loss", "params:training", "params:augmentation"],
-                outputs=["model", "training_history", "training_history_csv"],
+                outputs=["model", "training_record", "training_history", "training_history_csv"],
                 name="train_model",
             ),
         ],

@@ -9,16 +9,17 @@ from typing import Any
 
 import pandas as pd
 
+from lumbarflow import cohort, imaging, intensity
+from lumbarflow import labels as label_module
 from lumbarflow.cohort import ABSENT, ACCEPTED, IGNORED, REJECTED, Inventory, ingest_scan, take_inventory
-from lumbarflow.files import value_digest
+from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, Volume, VolumeError
 from lumbarflow.labels import LabelTable
+from lumbarflow.parameters import check_names
+from lumbarflow.progress import track
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
-
-# Raise it when cohort.py turns the same files into another result, or stale series would be taken for current.
-INGEST_VERSION = 1
 
 Files = Mapping[str, Callable[[], Any]]
 
@@ -31,9 +32,11 @@ def ingest_series(
     overview: pd.DataFrame,
     settings: dict[str, Any],
     labels: dict[str, Any],
+    percentiles: list[float],
     raw_dir: str,
 ) -> dict[str, Work]:
     """Plan the check and reorientation of every series; each runs only if its files or settings have changed."""
+    check_names(settings, ("sequences", "tolerances", "max_rejected_fraction"), "ingest")
     inventory = _inventory(images, masks, overview, settings)
     if not inventory.scans:
         raise ValueError(
@@ -45,26 +48,41 @@ def ingest_series(
         len(inventory.scans), len(inventory.absent), len(inventory.ignored),
     )  # fmt: skip
     table = LabelTable(labels["table"])
+    code = source_digest(cohort, imaging, intensity, label_module)
     work = {}
-    for scan in inventory.scans:
+    for scan in track(inventory.scans, "looking for changed files"):
         digests = {
             "image_digest": _digest(image_digests, scan.image),
             "mask_digest": _digest(mask_digests, scan.mask),
         }
         row = {name: (scan.row or {}).get(name) for name in ("subset", "SeriesDescription")} if scan.row else None
-        key = value_digest([INGEST_VERSION, digests, row, scan.problem, table.to_dict(), settings["tolerances"]])
+        key = value_digest(
+            [
+                code,
+                digests,
+                [scan.patient, scan.sequence, scan.problem, row],
+                [table.to_dict(), settings["tolerances"], percentiles],
+            ]
+        )
 
         work[scan.series] = Work(
             key,
             partial(
-                _ingest, scan, digests, images.get(scan.image), masks.get(scan.mask), table, settings["tolerances"]
+                _ingest,
+                scan,
+                digests,
+                images.get(scan.image),
+                masks.get(scan.mask),
+                table,
+                settings["tolerances"],
+                percentiles,
             ),
         )
     return work
 
 
-def _ingest(scan, digests, load_image, load_mask, table, tolerances) -> dict[str, Any]:
-    files = ingest_scan(scan, load_image, load_mask, table, tolerances)
+def _ingest(scan, digests, load_image, load_mask, table, tolerances, percentiles) -> dict[str, Any]:
+    files = ingest_scan(scan, load_image, load_mask, table, tolerances, percentiles)
     return files | {"record.json": digests | files["record.json"]}
 
 

@@ -19,6 +19,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "raw_overview",
                     "params:ingest",
                     "params:labels",
+                    "params:preprocess.percentiles",
                     "params:raw_dir",
                 ],
                 outputs="ingested_series",

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import preparation, selection, split, tracking
-from lumbarflow.files import value_digest
+from lumbarflow import intensity, metrics, preparation, resampling, selection, split, tracking
+from lumbarflow.files import source_digest, value_digest
 from lumbarflow.labels import LabelTable
 from lumbarflow.model_input import SIDES
+from lumbarflow.parameters import check_names
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
-
-# Raise it when preparation.py turns the same series into other arrays, or stale ones would be taken for current.
-PREPARATION_VERSION = 1
 
 
 def split_series(series_index: pd.DataFrame, settings: dict[str, Any]) -> pd.DataFrame:
@@ -45,12 +43,15 @@ def index_slices(table: pd.DataFrame, series: SeriesStore, settings: dict[str, A
 def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: dict[str, Any]) -> dict[str, Work]:
     """Plan the normalised, resampled arrays of every series; each is made only if something has changed."""
 
+    check_names(settings, ("size", "keep_aspect", "percentiles"), "preprocess")
+    code = source_digest(preparation, resampling, intensity)
+
     def prepare(name: str) -> dict[str, Any]:
         image, labels = series.volume(name, "image.mha"), series.label_map(name, "labels.mha")
         return preparation.prepare_series(image, labels, settings)
 
     return {
-        row.series: Work(value_digest([PREPARATION_VERSION, row.key, settings]), partial(prepare, row.series))
+        row.series: Work(value_digest([code, row.key, settings]), partial(prepare, row.series))
         for row in series_index.itertuples()
     }
 
@@ -77,5 +78,10 @@ def describe_model_input(
         "model input: %d x %d pixels, %d training, %d validation and %d test slices, data %s",
         *manifest["size"], *(kept[side] for side in SIDES), manifest["data_kind"],
     )  # fmt: skip
-    tracking.tag_run({name: manifest[name] for name in tracking.MANIFEST_TAGS})
+    ceiling = sum(np.array(record["ceiling"]) for record in prepared.records().values())
+    logger.info(
+        "the size alone: the reference of all series, resampled there and back, has a mean foreground Dice of %.4f",
+        metrics.mean_foreground_dice(ceiling),
+    )
+    tracking.tag_manifest(manifest)
     return manifest

@@ -11,7 +11,14 @@ def create_pipeline(**kwargs) -> Pipeline:
         [
             node(
                 register_model,
-                inputs=["model", "model_input", "metrics_by_class", "params:evaluation", "params:registration"],
+                inputs=[
+                    "model",
+                    "model_input",
+                    "metrics_by_class",
+                    "evaluation_summary",
+                    "params:evaluation",
+                    "params:registration",
+                ],
                 outputs="registration",
                 name="register_model",
             ),

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lumbarflow import phantom
-from lumbarflow.files import value_digest
+from lumbarflow.files import source_digest, value_digest
 from lumbarflow.store import Work
 
 logger = logging.getLogger(__name__)
-
-# Raise it when phantom.py draws something else from the same settings, or stale scans would be taken for current.
-PHANTOM_VERSION = 2
 
 
 def synthesize_scans(settings: dict[str, Any], raw_dir: str, synthetic_dir: str) -> dict[str, Work]:
@@ -22,10 +18,11 @@ def synthesize_scans(settings: dict[str, Any], raw_dir: str, synthetic_dir: str)
 
     Nothing is planned when the run reads its raw scans from elsewhere than the synthetic folder.
     """
-    if Path(raw_dir).resolve() != Path(synthetic_dir).resolve():
+    if raw_dir != synthetic_dir:  # both absolute, made so by the configuration
         logger.info("raw scans come from %s: nothing to synthesize", raw_dir)
         return {}
     plans = phantom.plan_cohort(settings)
+    code = source_digest(phantom)
     rows = phantom.overview(plans).set_index("new_file_name", drop=False).to_dict("index")
 
     def draw(plan: phantom.SeriesPlan) -> dict[str, Any]:
@@ -33,6 +30,4 @@ def synthesize_scans(settings: dict[str, Any], raw_dir: str, synthetic_dir: str)
         record = {"anatomy": phantom.anatomy(plan, settings), "overview": rows[plan.name]}
         return {"image.mha": image, "mask.mha": mask, "record.json": record}
 
-    return {
-        plan.name: Work(value_digest([PHANTOM_VERSION, settings, plan.name]), partial(draw, plan)) for plan in plans
-    }
+    return {plan.name: Work(value_digest([code, settings, plan.name]), partial(draw, plan)) for plan in plans}

@@ -1,0 +1,47 @@
+"""Which data a net was trained on and which net a figure is of: steps that are run one by one must fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_training(record: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:
+    """Stop if a net is not the one that was trained on this model input.
+
+    Evaluated on another split, it could be scored on patients that it was trained on.
+
+    Args:
+        record: what `fit` wrote down: `weights` (digest) and `content_hash` (of the model input).
+        weights: digest of the net at hand.
+        manifest: of the model input at hand.
+    Raises:
+        ValueError: one of the two is another one.
+    """
+    if record["weights"] != weights:
+        raise ValueError(
+            "model: its weights are not those that training_record describes; expected the net that fit wrote last. "
+            "Run: kedro run --pipeline=fit"
+        )
+    if record["content_hash"] != manifest["content_hash"]:
+        raise ValueError(
+            f"model: it was trained on the model input {record['content_hash'][:8]}, and the one at hand is "
+            f"{manifest['content_hash'][:8]} (another split, filter, size or other scans); expected the same. Run fit "
+            "again, or preprocess with the settings that the model was trained with."
+        )
+
+
+def check_evaluation(summary: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:
+    """Stop if figures are of another net or of other data than those at hand.
+
+    Args:
+        summary: `evaluation_summary`, with `weights` and `content_hash`.
+        weights, manifest: as for `check_training`.
+    Raises:
+        ValueError: one of the two is another one.
+    """
+    if summary["weights"] != weights or summary["content_hash"] != manifest["content_hash"]:
+        raise ValueError(
+            "evaluation_summary: its figures are of another model or other model input than those at hand; expected "
+            "the same. Run: kedro run --pipeline=evaluate"
+        )

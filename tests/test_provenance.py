@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from lumbarflow.provenance import check_evaluation, check_training
+
+MANIFEST = {"content_hash": "abcdef0123"}
+
+
+def test_steps_that_belong_together_pass():
+    check_training({"weights": "w", "content_hash": "abcdef0123"}, "w", MANIFEST)
+    check_evaluation({"weights": "w", "content_hash": "abcdef0123"}, "w", MANIFEST)
+
+
+def test_a_net_of_another_split_is_not_evaluated():
+    with pytest.raises(ValueError, match=r"trained on the model input 99887766, and the one at hand is abcdef01"):
+        check_training({"weights": "w", "content_hash": "9988776655"}, "w", MANIFEST)
+
+
+def test_a_net_that_is_not_the_recorded_one_is_not_evaluated():
+    with pytest.raises(ValueError, match=r"weights are not those that training_record describes"):
+        check_training({"weights": "other", "content_hash": "abcdef0123"}, "w", MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "summary", [{"weights": "x", "content_hash": "abcdef0123"}, {"weights": "w", "content_hash": "y"}]
+)
+def test_figures_of_another_net_or_other_data_are_not_registered(summary):
+    with pytest.raises(ValueError, match=r"figures are of another model or other model input"):
+        check_evaluation(summary, "w", MANIFEST)

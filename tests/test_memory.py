@@ -1,0 +1,55 @@
+"""Anonymous memory of preparation does not grow with the number of series."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys
+from pathlib import Path
+import numpy as np
+from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
+from lumbarflow.preparation import prepare_series
+from lumbarflow.store import SeriesStore, Work
+
+root, count = Path(sys.argv[1]), int(sys.argv[2])
+settings = {"size": [64, 64], "keep_aspect": True, "percentiles": [0.5, 99.5]}
+peak = 0
+
+def anonymous_kib():
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
+
+def make(seed):
+    global peak
+    rng = np.random.default_rng(seed)
+    grid = ((0.7, 0.7, 4.0), (0, 0, 0), SAGITTAL_AXES[::-1].T)
+    # 3 MiB of image a series: twenty of them kept would be seen at once.
+    image = Volume(rng.integers(0, 1000, (12, 384, 352)).astype(np.int16), *grid)
+    labels = LabelMap(rng.integers(0, 4, image.array.shape).astype(np.uint8), *grid)
+    files = prepare_series(image, labels, settings)
+    peak = max(peak, anonymous_kib())
+    return files
+
+store = SeriesStore(root)
+store.update({f"{i}_t2": Work(str(i), lambda i=i: make(i)) for i in range(count)})
+for series in store.series():
+    for name in ("images.npy", "labels.npy"):
+        assert store.array(series, name).sum() != 0
+        peak = max(peak, anonymous_kib())
+print(peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's anonymous memory")
+def test_preparing_ten_times_the_series_takes_the_same_memory(tmp_path):
+    def peak(count: int) -> int:
+        arguments = [sys.executable, "-c", CODE, str(tmp_path / str(count)), str(count)]
+        return int(subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+    few, many = peak(3), peak(30)
+    assert many < 1.1 * few

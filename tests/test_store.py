@@ -77,6 +77,7 @@ def test_only_what_has_changed_is_made(store, maker, caplog):
     store.update({name: maker.work(name, "k") for name in ("1_t1", "1_t2", "2_t2")})
     maker.made.clear()
     before = store.path("1_t1", "image.mha").stat().st_mtime_ns
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger=LOG):
         update = store.update(
             {"1_t1": maker.work("1_t1", "k"), "1_t2": maker.work("1_t2", "new"), "3_t2": maker.work("3_t2", "k")},

@@ -250,7 +250,7 @@ def log_model(
         shutil.copyfile(model_path, files / "network.keras")
         write_json(files / "segmenter.json", _plain(record))
         write_json(files / PATIENTS_FILE, patients)
-        with _import_path_kept():
+        with _imports_leave_nothing():
             info = mlflow.pyfunc.log_model(
                 name=name,
                 # A string: MLflow takes a Path for a pickled object in what it says of the model's flavour.
@@ -393,13 +393,17 @@ def _run(run_id: str | None) -> Iterator[ActiveRun]:
 
 
 @contextmanager
-def _import_path_kept() -> Iterator[None]:
-    """Loading a model puts its code at the head of sys.path, for good; here that is a folder about to be deleted."""
-    path = sys.path
+def _imports_leave_nothing() -> Iterator[None]:
+    """Loading a model puts its code at the head of sys.path, for good; here that is a folder about to be deleted.
+
+    It also compiles that code into the model's own folder, where nothing but source shall lie.
+    """
+    path, compiles_nothing = sys.path, sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     try:
         yield
     finally:
-        sys.path = path
+        sys.path, sys.dont_write_bytecode = path, compiles_nothing
 
 
 @contextmanager

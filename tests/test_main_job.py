@@ -44,9 +44,10 @@ def test_the_default_run_learns(clone):
     registration = json.loads((clone / "data/08_reporting/registration.json").read_text())
     assert registration["promoted"]
     assert (clone / "mlflow.db").is_file(), "the store lies in the project"
-    last = done.stdout.splitlines()[-8:]
-    assert "train finished" in last[0]
-    assert "mean foreground Dice" in last[1]
+    lines = done.stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if "train finished" in line)
+    assert "mean foreground Dice" in lines[start + 1]
+    assert "next: kedro mlflow ui" in lines[-1]
 
 
 @pytest.mark.integration

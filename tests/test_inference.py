@@ -6,7 +6,7 @@ import pytest
 from lumbarflow.imaging import SAGITTAL_AXES, Volume
 from lumbarflow.inference import Segmenter, weights_digest
 
-SETTINGS = {"size": [16, 16], "keep_aspect": True, "percentiles": [0, 100], "batch_size": 2}
+SETTINGS = {"size": [16, 16], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100], "batch_size": 2}
 
 
 class ByIntensity:

@@ -27,7 +27,7 @@ def test_percentiles_clip_before_mean_and_deviation_are_taken():
     figures = Normalisation.of(np.arange(5.0), (25, 75))
     assert figures == Normalisation(1.0, 3.0, pytest.approx(2.0), pytest.approx(math.sqrt(0.8)))
     np.testing.assert_allclose(figures.apply(np.array([-50, 2, 900])), np.array([-1, 0, 1]) / math.sqrt(0.8), rtol=1e-6)
-    assert figures.darkest == pytest.approx(-1 / math.sqrt(0.8))
+    assert figures.outside == pytest.approx(-1 / math.sqrt(0.8))
 
 
 def test_unsigned_intensities_do_not_wrap_around():

@@ -17,7 +17,7 @@ from lumbarflow.preparation import prepare_series
 from lumbarflow.store import SeriesStore, Work
 
 root, count = Path(sys.argv[1]), int(sys.argv[2])
-settings = {"size": [64, 64], "keep_aspect": True, "percentiles": [0.5, 99.5]}
+settings = {"size": [64, 64], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0.5, 99.5]}
 peak = 0
 
 def anonymous_kib():

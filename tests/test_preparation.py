@@ -8,7 +8,7 @@ from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
 from lumbarflow.preparation import build_manifest, prepare_series
 
 DIRECTION = SAGITTAL_AXES[::-1].T
-SETTINGS = {"size": [16, 32], "keep_aspect": True, "percentiles": [0, 100]}
+SETTINGS = {"size": [16, 32], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100]}
 
 
 def series(rows: int = 32, columns: int = 40, n: int = 3) -> tuple[Volume, LabelMap]:

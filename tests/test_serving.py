@@ -15,7 +15,7 @@ from mlflow.models import ModelSignature
 from lumbarflow.inference import Segmenter
 from lumbarflow.serving import SIGNATURE, LumbarSegmenter
 
-SETTINGS = {"size": [16, 12], "keep_aspect": True, "percentiles": [0, 100], "batch_size": 2}
+SETTINGS = {"size": [16, 12], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100], "batch_size": 2}
 SPACING = [1.0, 0.5]
 
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from lumbarflow.files import array_digest
 from lumbarflow.imaging import LabelMap, Volume, to_sagittal
-from lumbarflow.intensity import Normalisation
+from lumbarflow.intensity import normalisation_of
 from lumbarflow.resampling import InPlaneGrid
 
 # What a Segmenter needs to know beside the net; saved with every registered model.
-SETTINGS = ("size", "keep_aspect", "percentiles", "batch_size")
+SETTINGS = ("size", "keep_aspect", "normalisation", "percentiles", "batch_size")
 
 
 def weights_digest(model: Any) -> str:
@@ -26,8 +26,8 @@ class Segmenter:
 
     Args:
         model: Keras model, float (n, H, W, 1) -> probabilities (n, H, W, classes).
-        settings: `size` [H, W], `keep_aspect`, `percentiles` [lower, upper] as in preprocessing, `batch_size` (slices
-            per forward pass).
+        settings: `size` [H, W], `keep_aspect`, `normalisation` and `percentiles` [lower, upper] as in preprocessing,
+            `batch_size` (slices per forward pass).
     """
 
     def __init__(self, model: Any, settings: Mapping[str, Any]):
@@ -37,6 +37,7 @@ class Segmenter:
         self.model = model
         self.size = tuple(settings["size"])
         self.keep_aspect = bool(settings["keep_aspect"])
+        self.normalisation = settings["normalisation"]
         self.percentiles = tuple(settings["percentiles"])
         self.batch_size = int(settings["batch_size"])
 
@@ -74,11 +75,11 @@ class Segmenter:
             raise ValueError(f"slices of shape {slices.shape}; expected (n, rows, columns), none of them 0")
         if len(pixel_spacing_mm) != 2 or not all(np.isfinite(v) and v > 0 for v in pixel_spacing_mm):
             raise ValueError(f"pixel spacing {pixel_spacing_mm}; expected two positive lengths in mm, (row, column)")
-        normalisation = Normalisation.of(slices, self.percentiles)
+        normalisation = normalisation_of(slices, self.normalisation, self.percentiles)
         grid = InPlaneGrid(slices.shape[1:], tuple(pixel_spacing_mm), self.size, self.keep_aspect)
         for start in range(0, len(slices), self.batch_size):
             batch = normalisation.apply(slices[start : start + self.batch_size])
-            net_input = grid.to_model(batch, outside=normalisation.darkest)
+            net_input = normalisation.finish(grid.to_model(batch, outside=normalisation.outside))
             # The manifest's arrays are float16: the net sees the same rounding here as in training.
             net_input = net_input.astype(np.float16).astype(np.float32)[..., None]
             predicted = self.model.predict(net_input, batch_size=self.batch_size, verbose=0)

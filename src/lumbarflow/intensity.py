@@ -1,7 +1,12 @@
-"""Intensity normalisation of one series: clip at percentiles, then z-score."""
+"""From raw intensities to what the net sees: two normalisations by name, ours and the paper's.
+
+Each works in two steps, because the paper's needs both grids: `apply` before the slices are resampled to the net's
+size, `finish` after it; `outside` is what padding around a slice holds between the two.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,14 +26,13 @@ class Normalisation:
     std: float
 
     @classmethod
-    def of(cls, array: np.ndarray, percentiles: tuple[float, float]) -> Normalisation:
+    def of(cls, array: np.ndarray, percentiles: Sequence[float]) -> Normalisation:
         """Take the figures from a whole series, (n, rows, columns), any real dtype.
 
         Raises:
             ValueError: values that aren't finite, or nothing left between the percentiles.
         """
-        if not np.all(np.isfinite(array)):
-            raise ValueError("intensities that aren't finite cannot be normalised; expected finite numbers")
+        _check_finite(array)
         lower, upper = (float(value) for value in np.percentile(array, percentiles))
         if not lower < upper:
             raise ValueError(
@@ -47,9 +51,68 @@ class Normalisation:
         )
 
     @property
-    def darkest(self) -> float:
+    def outside(self) -> float:
         """The normalised value of air: what padding around a slice is filled with."""
         return (self.lower - self.mean) / self.std
 
+    def finish(self, resampled: np.ndarray) -> np.ndarray:
+        """Nothing is left to do at the net's size."""
+        return resampled
+
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ColumnNormalisation:
+    """The paper's: 8-bit greys of each slice, later each column of the net's input divided by its L2 norm.
+
+    A slice's darkest and brightest pixel become 0 and 255, whatever its neighbours hold, and every column of the image
+    (all rows at one place from front to back) has length 1 in the end, whatever it shows: anatomy in front of and
+    behind the spine is as bright as the spine.
+
+    Source: arXiv 2409.06018 and the authors' code (per-slice conversion to 8 bit; `normalize(axis=1)` of the stack).
+    """
+
+    @classmethod
+    def of(cls, array: np.ndarray, percentiles: Sequence[float]) -> ColumnNormalisation:
+        """Takes no figures from the series and ignores the percentiles. Raises ValueError if values aren't finite."""
+        _check_finite(array)
+        return cls()
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """(n, rows, columns) native intensities -> float32 whole numbers 0..255, each slice by itself."""
+        array = array.astype(np.float64)
+        lowest = array.min(axis=(1, 2), keepdims=True)
+        extent = array.max(axis=(1, 2), keepdims=True) - lowest
+        share = np.divide(array - lowest, extent, out=np.zeros_like(array), where=extent > 0)
+        return np.rint(255 * share).astype(np.float32)
+
+    outside = 0.0
+
+    def finish(self, resampled: np.ndarray) -> np.ndarray:
+        """float32 (n, H, W) -> the same, the rows of each column having the L2 norm 1 (0 where all of them are 0)."""
+        norm = np.sqrt(np.square(resampled, dtype=np.float64).sum(axis=1, keepdims=True))
+        return np.divide(resampled, norm, out=np.zeros_like(resampled), where=norm > 0, casting="same_kind")
+
+    def to_dict(self) -> dict:
+        return {}
+
+
+NORMALISATIONS = {"z_score": Normalisation, "column_l2": ColumnNormalisation}
+
+
+def normalisation_of(array: np.ndarray, name: str, percentiles: Sequence[float]) -> Normalisation | ColumnNormalisation:
+    """The normalisation `name` for one series, (n, rows, columns).
+
+    Raises:
+        ValueError: no such normalisation, or the series cannot be normalised.
+    """
+    if name not in NORMALISATIONS:
+        raise ValueError(f"preprocess.normalisation is {name!r}; expected one of {', '.join(NORMALISATIONS)}")
+    return NORMALISATIONS[name].of(array, percentiles)
+
+
+def _check_finite(array: np.ndarray) -> None:
+    if not np.all(np.isfinite(array)):
+        raise ValueError("intensities that aren't finite cannot be normalised; expected finite numbers")

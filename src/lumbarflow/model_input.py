@@ -60,7 +60,9 @@ class ModelInput:
     def segmenter_settings(self, batch_size: int) -> dict:
         """How the slices were prepared, as `lumbarflow.inference.Segmenter` wants to know it."""
         preparation = self.manifest["settings"]["preprocess"]
-        return {name: preparation[name] for name in ("size", "keep_aspect", "percentiles")} | {"batch_size": batch_size}
+        return {name: preparation[name] for name in ("size", "keep_aspect", "normalisation", "percentiles")} | {
+            "batch_size": batch_size
+        }
 
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""

@@ -10,11 +10,14 @@ import pandas as pd
 
 from lumbarflow.files import array_digest, value_digest
 from lumbarflow.imaging import LabelMap, Volume
-from lumbarflow.intensity import Normalisation
+from lumbarflow.intensity import normalisation_of
 from lumbarflow.labels import CLASSES, class_counts
 from lumbarflow.metrics import confusion_matrix
 from lumbarflow.model_input import FORMAT_VERSION, IMAGES, LABELS, SIDES
 from lumbarflow.resampling import InPlaneGrid
+
+# The section `preprocess` of the parameters.
+SETTINGS = ("size", "keep_aspect", "normalisation", "percentiles")
 
 
 def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
 
     Args:
         image, labels: sagittal (slice, row, column), the labels uint8 classes.
-        settings: `size` [rows, columns], `keep_aspect`, `percentiles`.
+        settings: SETTINGS; `size` is [rows, columns].
     Returns:
         Files for a SeriesStore: `images.npy` float16 and `labels.npy` uint8, both (n, H, W), and `record.json` with
         n_slices, digest (of both arrays), pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, the confusion
@@ -31,11 +34,13 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
     """
     column, row, _ = image.spacing_mm
     grid = InPlaneGrid(image.array.shape[1:], (row, column), tuple(settings["size"]), settings["keep_aspect"])
-    normalisation = Normalisation.of(image.array, tuple(settings["percentiles"]))
+    normalisation = normalisation_of(image.array, settings["normalisation"], tuple(settings["percentiles"]))
     # Slice by slice: the float copies of a whole series would be the largest arrays of this step.
     images = np.concatenate(
         [
-            grid.to_model(normalisation.apply(plane[None]), normalisation.darkest).astype(np.float16)
+            normalisation.finish(grid.to_model(normalisation.apply(plane[None]), normalisation.outside)).astype(
+                np.float16
+            )
             for plane in image.array
         ]
     )

@@ -43,7 +43,7 @@ def index_slices(table: pd.DataFrame, series: SeriesStore, settings: dict[str, A
 def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: dict[str, Any]) -> dict[str, Work]:
     """Plan the normalised, resampled arrays of every series; each is made only if something has changed."""
 
-    check_names(settings, ("size", "keep_aspect", "percentiles"), "preprocess")
+    check_names(settings, preparation.SETTINGS, "preprocess")
     code = source_digest(preparation, resampling, intensity)
 
     def prepare(name: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def describe_model_input(
         "preprocess": preprocess,
         "split": split_settings,
         "filter": filter_settings,
-        "labels": LabelTable(labels["table"]).to_dict(),
+        "labels": {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()},
     }
     manifest = preparation.build_manifest(series_index, slice_index, prepared.records(), settings)
     kept = {side: sum(map(len, chosen.values())) for side, chosen in manifest["sides"].items()}

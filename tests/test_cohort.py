@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from lumbarflow.cohort import Scan, ingest_scan, take_inventory
-from lumbarflow.imaging import LabelMap, Orientation, VolumeError, read_volume, write_volume
+from lumbarflow.apta import apta
+from lumbarflow.cohort import Scan, ingest_scan, read_external_mask, sagittal_ids, take_inventory
+from lumbarflow.imaging import LabelMap, Orientation, VolumeError, read_volume, to_sagittal, write_volume
 from lumbarflow.labels import LabelTable
 
 SEQUENCES = ["t1", "t2", "t2_SPACE"]
@@ -315,3 +318,73 @@ def test_an_image_without_contrast_between_the_percentiles_is_rejected(make_pair
     flat.flat[7] = 5  # not constant, but all that is left after clipping is
     record = rejection(ingest_scan(scan(), lambda: image.with_array(flat), lambda: mask, TABLE, TOLERANCES, (10, 90)))
     assert "constant (0) between percentiles 10 and 90" in record["found"]
+
+
+# --- classes by the paper's way -----------------------------------------------------------------------------------------
+
+
+def test_apta_makes_the_classes_if_it_is_asked_for(make_pair):
+    image, mask = make_pair((5, 12, 9))
+    arguments = (scan(), lambda: image, lambda: mask, TABLE, TOLERANCES, PERCENTILES)
+    direct, by_apta = ingest_scan(*arguments), ingest_scan(*arguments, "apta")
+    np.testing.assert_array_equal(by_apta["labels.mha"].array, apta(sagittal_ids(mask)))
+    assert np.any(by_apta["labels.mha"].array != direct["labels.mha"].array)
+    assert by_apta["labels.mha"].spacing_mm == direct["labels.mha"].spacing_mm
+
+
+# --- other tools' masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ingested(make_pair):
+    image, mask = make_pair((5, 7, 6))
+    return image, ingest_scan(scan(), lambda: image, lambda: mask, TABLE, TOLERANCES, PERCENTILES)
+
+
+def external(ingested, masks, table=None):
+    _, files = ingested
+    readers = {name: (lambda mask=mask: mask) for name, mask in masks.items()}
+    table = LabelTable(table or {"vertebrae": [1], "canal": [2], "IVD": [3]})
+    return read_external_mask(
+        files["record.json"], lambda: files["labels.mha"], list(masks), readers, table, TOLERANCES
+    )
+
+
+def test_an_external_mask_becomes_classes_on_the_images_grid_in_whatever_order_it_is_stored(ingested):
+    image, files = ingested
+    classes = files["labels.mha"].array
+    stored = Orientation.from_dict(files["record.json"]["orientation"]).restore(classes)
+    as_the_image = LabelMap(stored, image.spacing_mm, image.origin_mm, image.direction)
+    sagittal, _ = to_sagittal(as_the_image)
+    assert sagittal.array.shape != stored.shape or np.any(sagittal.array != stored)
+    for mask in (as_the_image, sagittal):
+        found = external(ingested, {"1_t1.nii.gz": mask})
+        assert found["record.json"] == {"series": "1_t2", "file": "1_t1.nii.gz", "outcome": "accepted"}
+        np.testing.assert_array_equal(found["labels.mha"].array, stored)
+        assert found["labels.mha"].spacing_mm == image.spacing_mm
+        np.testing.assert_array_equal(found["labels.mha"].direction, image.direction)
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ({"origin_mm": (0.0, 0.0, 0.0)}, "origin_mm"),
+        ({"spacing_mm": (0.75, 1.3, 3.8)}, "spacing_mm"),
+        ({"values": np.full((5, 7, 6), 9)}, r"unknown label ids \[9\]"),
+    ],
+)
+def test_an_external_mask_that_does_not_fit_is_left_out_with_the_reason(ingested, make_volume, change, found):
+    mask = make_volume((5, 7, 6), kind=LabelMap, dtype=np.uint8, **({"values": np.ones((5, 7, 6))} | change))
+    files = external(ingested, {"1_t1.nii.gz": mask})
+    assert set(files) == {"record.json"}
+    assert files["record.json"]["outcome"] == "rejected"
+    assert re.search(found, files["record.json"]["found"])
+    assert files["record.json"]["what_to_do"]
+
+
+def test_a_missing_external_mask_is_written_down_and_two_are_one_too_many(ingested, make_volume):
+    record = external(ingested, {})["record.json"]
+    assert (record["outcome"], record["found"]) == ("absent", "no mask")
+    mask = make_volume((5, 7, 6), kind=LabelMap, dtype=np.uint8, values=np.ones((5, 7, 6)))
+    record = external(ingested, {"1_t1.mha": mask, "1_t1.nii.gz": mask})["record.json"]
+    assert (record["outcome"], record["found"]) == ("rejected", "2 masks")

@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from lumbarflow.imaging import LabelMap, Volume, VolumeError, geometry_differences, split_volume_name, to_sagittal
+from lumbarflow.apta import apta
+from lumbarflow.imaging import (
+    LabelMap,
+    Orientation,
+    Volume,
+    VolumeError,
+    geometry_differences,
+    split_volume_name,
+    to_sagittal,
+)
 from lumbarflow.intensity import Normalisation
 from lumbarflow.labels import FOREGROUND, LabelTable, UnknownLabelError, class_counts
 
@@ -23,6 +32,9 @@ SYNTHETIC_MARK = "synthetic"
 SUBSETS = ("training", "validation")
 
 ACCEPTED, REJECTED, ABSENT, IGNORED = "accepted", "rejected", "absent", "ignored"
+
+# The table of ids, or the paper's pixel transformation of a mask that was turned into greys (see `lumbarflow.apta`).
+LABEL_METHODS = ("direct", "apta")
 
 
 class SeriesRejected(Exception):
@@ -138,6 +150,7 @@ def ingest_scan(
     labels: LabelTable,
     tolerances: Mapping[str, float],
     percentiles: tuple[float, float],
+    label_method: str = "direct",
 ) -> dict[str, Any]:
     """Check one series and turn it sagittal.
 
@@ -146,6 +159,7 @@ def ingest_scan(
         labels: raw ids -> classes.
         tolerances: see `imaging.geometry_differences`.
         percentiles: an image must have contrast between them, or it could not be normalised later.
+        label_method: one of LABEL_METHODS, how classes are made of raw ids.
     Returns:
         Files for a SeriesStore: `record.json` always, `image.mha` and `labels.mha` (uint8 classes, sagittal) if the
         series is accepted. No series raises: what is wrong with it stands in its record.
@@ -181,9 +195,12 @@ def ingest_scan(
         }
     sagittal, orientation = to_sagittal(image)
     sagittal_classes, _ = to_sagittal(classes)
+    if label_method == "apta":
+        sagittal_classes = sagittal_classes.with_array(apta(sagittal_ids(mask)))
     record |= {
         "outcome": ACCEPTED,
         "file": f"images/{scan.image}",
+        "mask": scan.mask,
         "orientation": orientation.to_dict(),
         # The file's own geometry, so that results go back to exactly its numbers.
         "geometry": {
@@ -203,6 +220,64 @@ def ingest_scan(
     return {"record.json": record, "image.mha": sagittal, "labels.mha": sagittal_classes}
 
 
+def sagittal_ids(mask: LabelMap) -> np.ndarray:
+    """The raw label ids of a mask in any storage order, (slice, row, column)."""
+    return to_sagittal(mask)[0].array
+
+
+def read_external_mask(
+    record: Mapping[str, Any],
+    load_reference: Callable[[], LabelMap],
+    files: Sequence[str],
+    masks: Mapping[str, Callable[[], LabelMap]],
+    labels: LabelTable,
+    tolerances: Mapping[str, float],
+) -> dict[str, Any]:
+    """Check somebody's mask of an accepted series.
+
+    Args:
+        record: of the ingested series (see `ingest_scan`).
+        load_reference: reads its sagittal label map. Tools turn volumes as they like: the mask has to be on the same
+            grid once both are sagittal, in whatever order its file holds it.
+        files: names of the masks of this series, one if all is well.
+        masks: file name -> reader.
+        labels: the tool's ids -> classes.
+        tolerances: see `imaging.geometry_differences`.
+    Returns:
+        Files for a SeriesStore: `record.json` always, `labels.mha` (uint8 classes in the raw image's storage order and
+        with exactly its geometry) if the mask can be scored. What is wrong with it stands in the record.
+    """
+    outcome: dict[str, Any] = {"series": record["series"], "file": ", ".join(files)}
+    try:
+        if len(files) != 1:
+            found = f"{len(files)} masks" if files else "no mask"
+            raise SeriesRejected(record["series"], found, "one volume named like the image", "Add it, or keep one.")
+        mask = _load(files[0], masks[files[0]])
+        sagittal, _ = to_sagittal(mask)
+        differences = geometry_differences(sagittal, load_reference(), tolerances)
+        if differences:
+            raise SeriesRejected(
+                files[0],
+                "; ".join(differences) + " of the image",
+                "the image's grid",
+                "Resample the mask to its image (nearest neighbour), or widen ingest.tolerances.",
+            )
+        try:
+            classes = labels.classes(sagittal.array)
+        except UnknownLabelError as error:
+            raise SeriesRejected(
+                files[0],
+                f"unknown label ids {error.ids}",
+                "ids of the table external.table",
+                "Add them to external.table in the parameters, or correct the mask.",
+            ) from None
+    except SeriesRejected as reason:
+        what = {"found": reason.found, "expected": reason.expected, "what_to_do": reason.remedy}
+        return {"record.json": outcome | {"outcome": REJECTED if files else ABSENT} | what}
+    stored = Orientation.from_dict(record["orientation"]).restore(classes)
+    return {"record.json": outcome | {"outcome": ACCEPTED}, "labels.mha": LabelMap(stored, **record["geometry"])}
+
+
 def _load_pair(scan: Scan, load_image, load_mask) -> tuple[Volume, LabelMap]:
     for folder, name in (("images", scan.image), ("masks", scan.mask)):
         if name is None:
@@ -215,16 +290,17 @@ def _load_pair(scan: Scan, load_image, load_mask) -> tuple[Volume, LabelMap]:
             )
     if scan.problem:
         raise SeriesRejected(f"images/{scan.image}", *scan.problem)
-    loaded = []
-    for file, load in ((f"images/{scan.image}", load_image), (f"masks/{scan.mask}", load_mask)):
-        try:
-            loaded.append(load())
-        except Exception as error:
-            cause = _volume_error(error)
-            if cause is None:
-                raise
-            raise SeriesRejected(file, cause.found, cause.expected, cause.remedy) from None
-    return loaded[0], loaded[1]
+    return _load(f"images/{scan.image}", load_image), _load(f"masks/{scan.mask}", load_mask)
+
+
+def _load(file: str, load: Callable[[], Volume]) -> Volume:
+    try:
+        return load()
+    except Exception as error:
+        cause = _volume_error(error)
+        if cause is None:
+            raise
+        raise SeriesRejected(file, cause.found, cause.expected, cause.remedy) from None
 
 
 def _volume_error(error: BaseException | None) -> VolumeError | None:

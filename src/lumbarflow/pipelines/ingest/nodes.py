@@ -9,9 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from lumbarflow import cohort, imaging, intensity
+from lumbarflow import apta, cohort, imaging, intensity
 from lumbarflow import labels as label_module
-from lumbarflow.cohort import ABSENT, ACCEPTED, IGNORED, REJECTED, Inventory, ingest_scan, take_inventory
+from lumbarflow.cohort import (
+    ABSENT,
+    ACCEPTED,
+    IGNORED,
+    LABEL_METHODS,
+    REJECTED,
+    Inventory,
+    ingest_scan,
+    take_inventory,
+)
 from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, Volume, VolumeError
 from lumbarflow.labels import LabelTable
@@ -37,6 +46,9 @@ def ingest_series(
 ) -> dict[str, Work]:
     """Plan the check and reorientation of every series; each runs only if its files or settings have changed."""
     check_names(settings, ("sequences", "tolerances", "max_rejected_fraction"), "ingest")
+    check_names(labels, ("method", "table"), "labels")
+    if labels["method"] not in LABEL_METHODS:
+        raise ValueError(f"labels.method is {labels['method']!r}; expected one of {', '.join(LABEL_METHODS)}")
     inventory = _inventory(images, masks, overview, settings)
     if not inventory.scans:
         raise ValueError(
@@ -48,7 +60,7 @@ def ingest_series(
         len(inventory.scans), len(inventory.absent), len(inventory.ignored),
     )  # fmt: skip
     table = LabelTable(labels["table"])
-    code = source_digest(cohort, imaging, intensity, label_module)
+    code = source_digest(apta, cohort, imaging, intensity, label_module)
     work = {}
     for scan in track(inventory.scans, "looking for changed files"):
         digests = {
@@ -61,7 +73,7 @@ def ingest_series(
                 code,
                 digests,
                 [scan.patient, scan.sequence, scan.problem, row],
-                [table.to_dict(), settings["tolerances"], percentiles],
+                [labels["method"], table.to_dict(), settings["tolerances"], percentiles],
             ]
         )
 
@@ -76,13 +88,14 @@ def ingest_series(
                 table,
                 settings["tolerances"],
                 percentiles,
+                labels["method"],
             ),
         )
     return work
 
 
-def _ingest(scan, digests, load_image, load_mask, table, tolerances, percentiles) -> dict[str, Any]:
-    files = ingest_scan(scan, load_image, load_mask, table, tolerances, percentiles)
+def _ingest(scan, digests, load_image, load_mask, *checks) -> dict[str, Any]:
+    files = ingest_scan(scan, load_image, load_mask, *checks)
     return files | {"record.json": digests | files["record.json"]}
 
 

@@ -40,6 +40,12 @@ def index_slices(table: pd.DataFrame, series: SeriesStore, settings: dict[str, A
     return index
 
 
+def compare_filter_rules(index: pd.DataFrame, settings: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What each reading of the paper's imbalance rule would keep (twice: for machines and for people)."""
+    table = selection.compare_rules(index, settings)
+    return table, table
+
+
 def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: dict[str, Any]) -> dict[str, Work]:
     """Plan the normalised, resampled arrays of every series; each is made only if something has changed."""
 
@@ -66,13 +72,7 @@ def describe_model_input(
     labels: dict[str, Any],
 ) -> dict[str, Any]:
     """Write down what the training folder holds, and tag the MLflow run with it."""
-    settings = {
-        "preprocess": preprocess,
-        "split": split_settings,
-        "filter": filter_settings,
-        "labels": {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()},
-    }
-    manifest = preparation.build_manifest(series_index, slice_index, prepared.records(), settings)
+    manifest = manifest_of(prepared, series_index, slice_index, preprocess, split_settings, filter_settings, labels)
     kept = {side: sum(map(len, chosen.values())) for side, chosen in manifest["sides"].items()}
     logger.info(
         "model input: %d x %d pixels, %d training, %d validation and %d test slices, data %s",
@@ -85,3 +85,22 @@ def describe_model_input(
     )
     tracking.tag_manifest(manifest)
     return manifest
+
+
+def manifest_of(
+    prepared: SeriesStore,
+    series_index: pd.DataFrame,
+    slice_index: pd.DataFrame,
+    preprocess: dict[str, Any],
+    split_settings: dict[str, Any],
+    filter_settings: dict[str, Any],
+    labels: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest of one split of the prepared series."""
+    settings = {
+        "preprocess": preprocess,
+        "split": split_settings,
+        "filter": filter_settings,
+        "labels": {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()},
+    }
+    return preparation.build_manifest(series_index, slice_index, prepared.records(), settings)

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from lumbarflow.pipelines.preprocess.nodes import describe_model_input, index_slices, prepare_series, split_series
+from lumbarflow.pipelines.preprocess.nodes import (
+    compare_filter_rules,
+    describe_model_input,
+    index_slices,
+    prepare_series,
+    split_series,
+)
 
 
 def create_pipeline(**kwargs) -> Pipeline:
@@ -15,6 +21,12 @@ def create_pipeline(**kwargs) -> Pipeline:
                 inputs=["split", "ingested_series", "params:filter"],
                 outputs="slice_index",
                 name="index_slices",
+            ),
+            node(
+                compare_filter_rules,
+                inputs=["slice_index", "params:filter"],
+                outputs=["filter_rules", "filter_rules_csv"],
+                name="compare_filter_rules",
             ),
             node(
                 prepare_series,

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -72,7 +74,7 @@ def one_layer(size, channels, classes, *, precision):
 
 @pytest.fixture
 def quick(monkeypatch) -> dict:
-    monkeypatch.setitem(models.MODELS, "one_layer", one_layer)
+    monkeypatch.setitem(models.MODELS, "one_layer", models.Entry("one_layer", "One layer", one_layer))
     return {"name": "one_layer"}
 
 
@@ -276,6 +278,61 @@ def test_one_seed_gives_one_net_and_another_seed_another(model_input, quick):
     assert same_weights(first, trained(7, {"rotation_degrees": 5}))
     assert not same_weights(first, trained(7, {"enabled": False}))
     assert not same_weights(first, trained(8, {"rotation_degrees": 5}))
+
+
+# --- a model that is not trained by gradient
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_an_atlas_is_adapted_in_one_epoch_and_saved(model_input, tmp_path, precision):
+    told = []
+    chosen = settings(model={"name": "atlas", "maximum_shift": 0.1}, epochs=9, batch_size=3, precision=precision)
+    result = fit(model_input, chosen, output=tmp_path / "output", on_epoch=told.append)
+    assert (len(result.history), result.best_epoch, result.stopped_by) == (1, 1, "adapted")
+    assert told == result.history
+    (entry,) = result.history
+    assert list(entry) == [
+        "epoch",
+        "loss",
+        "val_loss",
+        "val_mean_iou",
+        "learning_rate",
+        "seconds",
+        "slices_per_second",
+    ]
+    assert (entry["epoch"], entry["learning_rate"]) == (1, 0.0)
+    assert min(entry["seconds"], entry["slices_per_second"]) > 0
+    images, labels = SliceBatches(model_input, "validation", 3)[0]
+    assert entry["val_loss"] == pytest.approx(
+        float(training.FocalDiceLoss()(labels, result.model.predict(images, verbose=0))), rel=1e-5
+    )
+    assert entry["val_mean_iou"] == pytest.approx(mean_iou(result.model, model_input), rel=1e-5)
+    assert entry["loss"] < entry["val_loss"]
+    assert not result.model.compiled
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["best.keras"]
+    assert same_weights(load_model(tmp_path / "output" / "best.keras"), result.model)
+
+
+def test_an_atlas_is_shown_every_training_slice_as_it_is_stored(model_input):
+    chosen = settings(model={"name": "atlas", "maximum_shift": 0}, augmentation={"rotation_degrees": 30})
+    frequencies = fit(model_input, chosen).model.get_layer("atlas").frequencies
+    labels = np.stack([model_input.label(*one) for one in model_input.slices("train")])
+    assert np.allclose(frequencies, np.eye(4)[labels].mean(axis=0))
+
+
+def test_an_atlas_is_read_by_a_process_that_never_built_one(tmp_path):
+    # Here its layer is registered already; where a model is pulled, only load_model has been imported.
+    save_model(models.build("atlas", (3, 5), 1, 4), tmp_path / "atlas.keras")
+    code = "import sys; from lumbarflow.training import load_model; print(load_model(sys.argv[1]).count_params())"
+    told = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "atlas.keras"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == [str(3 * 5 * 5)]
+
+
+def test_an_atlas_knows_its_settings_by_name(model_input):
+    with pytest.raises(ValueError, match=r"unknown setting model.width; expected some of \['name', 'maximum_shift'\]"):
+        fit(model_input, settings(model={"name": "atlas", "width": 3}))
 
 
 # --- what the net is shown

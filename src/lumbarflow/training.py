@@ -30,6 +30,7 @@ from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
 
 keras = load_keras()
+models.register_layers()
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("model", "loss", "training", "augmentation")
@@ -87,7 +88,8 @@ class TrainingResult:
         history: one dict per epoch: epoch (from 1), loss, val_loss, val_mean_iou, learning_rate (at its end), seconds
             (validation included), slices_per_second (of training, without the first step, which may build the graph).
         best_epoch: the epoch, from 1, with the highest val_mean_iou.
-        stopped_by: "epochs", "patience" or "max_minutes".
+        stopped_by: "epochs", "patience" or "max_minutes"; "adapted" for a model that is not trained by gradient. Its
+            history has one entry, with learning rate 0 and the losses of the model as it came to be.
         hardware: `backend.describe_hardware()` of this run.
     """
 
@@ -105,6 +107,9 @@ def fit(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainingResult:
     """Train a net on the side "train", choosing the best epoch by mean IoU on the side "validation".
+
+    A model that is not trained by gradient (its registry entry has `adapt`) is shown the side "train" instead, without
+    augmentation; of the section "training" it heeds batch_size and jit_compile only.
 
     Args:
         model_input: the prepared slices.
@@ -135,7 +140,8 @@ def fit(
     validation = SliceBatches(model_input, "validation", training.batch_size)
     hardware = describe_hardware(training.precision)
     classes = len(model_input.manifest["classes"])
-    model = _build_model(settings, model_input.size, classes, hardware["precision"])
+    entry, values = _model_settings(settings)
+    model = entry.build(model_input.size, CHANNELS, classes, precision=hardware["precision"], **values)
     model.compile(
         optimizer=keras.optimizers.Adam(_learning_rate(training, len(train))),
         loss=loss,
@@ -156,7 +162,14 @@ def fit(
         hardware["gpus"] or "none",
         hardware["precision"],
     )
-    epochs = _Epochs(training, train, Path(output) if output is not None else None, on_epoch)
+    output = Path(output) if output is not None else None
+    if entry.adapt is not None:
+        unaugmented = SliceBatches(model_input, "train", training.batch_size)
+        model, record = _adapted(model, entry.adapt, unaugmented, validation, output)
+        if on_epoch is not None:
+            on_epoch(record)
+        return TrainingResult(model, [record], 1, "adapted", hardware)
+    epochs = _Epochs(training, train, output, on_epoch)
     model.fit(
         train,
         validation_data=validation,
@@ -167,6 +180,34 @@ def fit(
         shuffle=False,
     )
     return TrainingResult(epochs.best_model, epochs.history, epochs.best_epoch, epochs.stopped_by, hardware)
+
+
+def _adapted(
+    model: keras.Model, adapt: Callable, train: SliceBatches, validation: SliceBatches, output: Path | None
+) -> tuple[keras.Model, dict[str, float]]:
+    """The adapted model, uncompiled and saved, and its entry of the history."""
+    started = time.monotonic()
+    adapt(model, train)
+    adapt_seconds = time.monotonic() - started
+    scores = model.evaluate(train, return_dict=True, verbose=0)
+    validation_scores = model.evaluate(validation, return_dict=True, verbose=0)
+    record = {
+        "epoch": 1,
+        "loss": float(scores["loss"]),
+        "val_loss": float(validation_scores["loss"]),
+        "val_mean_iou": float(validation_scores["mean_iou"]),
+        "learning_rate": 0.0,
+        "seconds": time.monotonic() - started,
+        "slices_per_second": len(train.slices) / max(adapt_seconds, 1e-9),
+    }
+    model = _uncompiled(model)
+    if output is not None:
+        save_model(model, output / BEST_MODEL)
+    logger.info(
+        "adapted: loss %.4f, validation loss %.4f, validation mean IoU %.4f; %.1f slices/s, %.1f s",
+        *(record[name] for name in ("loss", "val_loss", "val_mean_iou", "slices_per_second", "seconds")),
+    )
+    return model, record
 
 
 def save_model(model: keras.Model, path: str | Path) -> None:
@@ -362,13 +403,13 @@ def _from_section(function: Callable, settings: Mapping, section: str, reserved:
     return function(**values)
 
 
-def _build_model(settings: Mapping, size: tuple[int, int], classes: int, precision: str) -> keras.Model:
+def _model_settings(settings: Mapping) -> tuple[models.Entry, dict[str, Any]]:
+    """The model that the settings name, and its keyword arguments."""
     values = dict(settings.get("model") or {})
-    name = values.pop("name", DEFAULT_MODEL)
-    _check_names(
-        values, models.find(name), "model", reserved=("size", "channels", "classes", "precision"), extra=("name",)
-    )
-    return models.build(name, size, CHANNELS, classes, precision=precision, **values)
+    entry = models.find(values.pop("name", DEFAULT_MODEL))
+    reserved = ("size", "channels", "classes", "precision")
+    _check_names(values, entry.build, "model", reserved, extra=("name",))
+    return entry, values
 
 
 def _check_names(values: Mapping, function: Callable, section: str, reserved=(), extra=()) -> None:

@@ -139,8 +139,3 @@ def test_a_size_that_the_strides_do_not_divide_is_refused():
 def test_settings_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         models.build("modified_unet", (4, 4), 1, 4, **{**TINY, **changes})
-
-
-def test_an_unknown_net_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model.name is 'resnet'; expected one of \['modified_unet'\]"):
-        models.build("resnet", (4, 4), 1, 4)

@@ -1,33 +1,101 @@
-"""The nets, by name. A new one is a function with `modified_unet`'s first four arguments, and a line in MODELS."""
+"""The models, by name.
+
+A new one is a module of this package with a function like `plain_unet` under the decorator `register`. All modules of
+the package are imported with it, so nothing else names the model but the parameters. They must not import Keras.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
-
-from lumbarflow.models.unet import modified_unet
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
 
-MODELS = {"modified_unet": modified_unet}
+    Batches = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A model of the registry.
+
+    Attributes:
+        name: in parameters.
+        title: in tables and figures.
+        build: (size, channels, classes, *, precision, **settings) -> an uncompiled Keras model, (n, H, W, channels) ->
+            probabilities float32 (n, H, W, classes).
+        adapt: None for a net that is trained by gradient. For any other model: adapt(model, batches) sets its weights.
+            `batches` can be read repeatedly and holds the training slices, unaugmented: images float32 (n, H, W, 1)
+            and labels uint8 (n, H, W).
+        register_layers: None, or a function that registers the model's own layers with Keras, without which its file
+            can't be read. It may be called repeatedly.
+    """
+
+    name: str
+    title: str
+    build: Callable[..., keras.Model]
+    adapt: Callable[[keras.Model, Batches], None] | None = None
+    register_layers: Callable[[], object] | None = None
+
+
+MODELS: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    title: str,
+    adapt: Callable[[keras.Model, Batches], None] | None = None,
+    register_layers: Callable[[], object] | None = None,
+):
+    """Decorator: enter the function that builds a model into MODELS. Arguments as Entry's attributes.
+
+    Raises ValueError if there is a model of that name.
+    """
+
+    def enter(build):
+        if name in MODELS:
+            raise ValueError(
+                f"{build.__module__} registers a model {name!r}, which {MODELS[name].build.__module__} has already; "
+                "expected a new name. Rename one of the two."
+            )
+        MODELS[name] = Entry(name, title, build, adapt, register_layers)
+        return build
+
+    return enter
 
 
 def build(name: str, size: Sequence[int], channels: int, classes: int, **settings) -> keras.Model:
-    """A net of the registry with random weights, uncompiled: (n, H, W, channels) -> probabilities (n, H, W, classes).
+    """A model of the registry, untrained and uncompiled: (n, H, W, channels) -> probabilities (n, H, W, classes).
 
     Args:
         name: one of MODELS.
         size: (H, W) of its input.
-        settings: the keyword arguments of that net's function.
+        settings: the keyword arguments of that model's function.
     Raises:
-        ValueError: no net of that name, or the net refuses its settings.
+        ValueError: no model of that name, or the model refuses its settings.
     """
-    return find(name)(size, channels, classes, **settings)
+    return find(name).build(size, channels, classes, **settings)
 
 
-def find(name: str):
-    """The function that builds the net `name`. Raises ValueError if there is none."""
+def find(name: str) -> Entry:
+    """The registry's entry `name`. Raises ValueError if there is none."""
     if name not in MODELS:
         raise ValueError(f"model.name is {name!r}; expected one of {sorted(MODELS)}.")
     return MODELS[name]
+
+
+def register_layers() -> None:
+    """Let Keras read the files of all models, those with layers of their own too."""
+    for entry in MODELS.values():
+        if entry.register_layers is not None:
+            entry.register_layers()
+
+
+# Last, since they import `register` from here.
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -37,11 +37,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lumbarflow.backend import load_keras
+from lumbarflow.models import register
+from lumbarflow.models.levels import check_dropouts, check_size
 
 if TYPE_CHECKING:
     import keras
 
 
+@register("modified_unet", title="Modified U-Net")
 def modified_unet(
     size: Sequence[int],
     channels: int,
@@ -113,25 +116,13 @@ def modified_unet(
 
 
 def _check(size, encoder_widths, encoder_dropouts, decoder_widths, decoder_dropouts, upsample_block) -> None:
-    for side, widths, dropouts in (
-        ("encoder", encoder_widths, encoder_dropouts),
-        ("decoder", decoder_widths, decoder_dropouts),
-    ):
-        if len(widths) != len(dropouts):
-            raise ValueError(
-                f"modified_unet: {side}_widths has {len(widths)} levels and {side}_dropouts {len(dropouts)}; "
-                "expected one dropout for each width."
-            )
+    check_dropouts("modified_unet", encoder_widths, encoder_dropouts, "encoder_")
+    check_dropouts("modified_unet", decoder_widths, decoder_dropouts, "decoder_")
     if len(encoder_widths) != len(decoder_widths) + 2:
         raise ValueError(
             f"modified_unet: {len(encoder_widths)} encoder levels and {len(decoder_widths)} decoder levels; "
             "expected two fewer decoder levels, since the last two encoder levels share the coarsest resolution."
         )
-    stride = 2 ** len(decoder_widths)
-    if any(length < stride or length % stride for length in size):
-        raise ValueError(
-            f"modified_unet: size {list(size)} is not divisible by {stride}, the stride of the coarsest level. "
-            f"Set preprocess.size to multiples of {stride} and preprocess again."
-        )
+    check_size("modified_unet", size, 2 ** len(decoder_widths))
     if upsample_block not in ("first", "all"):
         raise ValueError(f'modified_unet: upsample_block is {upsample_block!r}; expected "first" or "all".')

@@ -1,6 +1,7 @@
 """The project's Kedro datasets: the one seam between its data and the disk."""
 
 from lumbarflow.datasets.model import KerasModelDataset, ModelInputDataset
+from lumbarflow.datasets.nnunet import NnunetDataset
 from lumbarflow.datasets.series_store import SeriesStoreDataset, SyntheticCohortDataset
 from lumbarflow.datasets.tables import OptionalCSVDataset
 from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeDataset
@@ -10,6 +11,7 @@ __all__ = [
     "FileFolderDataset",
     "KerasModelDataset",
     "ModelInputDataset",
+    "NnunetDataset",
     "OptionalCSVDataset",
     "SeriesStoreDataset",
     "SyntheticCohortDataset",

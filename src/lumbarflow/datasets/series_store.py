@@ -28,18 +28,27 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
     Args:
         path: the folder.
         description: what progress and log call the work.
+        keep_others: saving leaves series that the data don't name: several pipelines write to this folder.
     """
 
-    def __init__(self, *, path: str, description: str = "series", metadata: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        *,
+        path: str,
+        description: str = "series",
+        keep_others: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ):
         self._path = Path(path)
         self._description = description
+        self._keep_others = keep_others
         self.metadata = metadata
 
     def load(self) -> SeriesStore:
         return SeriesStore(self._path)
 
     def save(self, data: Mapping[str, Work]) -> None:
-        SeriesStore(self._path).update(data, self._description)
+        SeriesStore(self._path).update(data, self._description, self._keep_others)
 
     def _describe(self) -> dict[str, Any]:
         return {"path": str(self._path), "description": self._description}

@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+import struct
+import warnings
+
 import numpy as np
+import pandas as pd
+import pytest
 from matplotlib.colors import to_rgb
 
-from lumbarflow.figures import Overlay, colour_labels, confusion_figure, overlay_figure
+from lumbarflow.figures import (
+    Overlay,
+    case_distribution,
+    colour_labels,
+    comparison_figure,
+    confusion_figure,
+    overlay_figure,
+    png,
+    training_curves,
+)
 from lumbarflow.labels import CLASSES, PALETTE
 
 
@@ -39,3 +53,126 @@ def test_the_confusion_figure_gives_shares_of_the_reference():
     assert texts[4] == "0.250\n1"
     assert texts[15] == "0.000\n0"  # a class without a voxel divides by nothing
     assert axis.get_ylabel() == "reference"
+
+
+@pytest.fixture
+def history():
+    return pd.DataFrame(
+        {
+            "epoch": [1, 2, 3, 4],
+            "loss": [0.5, 0.4, 0.3, 0.2],
+            "val_loss": [0.6, 0.5, 0.45, 0.5],
+            "val_mean_iou": [0.2, 0.6, 0.6, 0.5],
+            "learning_rate": [1e-3, 7e-4, 3e-4, 0.0],
+        }
+    )
+
+
+def test_training_curves_mark_the_first_of_the_best_epochs(history):
+    losses, score, rate = training_curves(history).axes
+    assert [line.get_label() for line in losses.lines] == ["training", "validation"]
+    assert losses.lines[0].get_ydata().tolist() == [0.5, 0.4, 0.3, 0.2]
+    assert losses.lines[1].get_ydata().tolist() == [0.6, 0.5, 0.45, 0.5]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in losses.lines}) == 2  # not by colour alone
+    curve, star = score.lines
+    assert curve.get_ydata().tolist() == [0.2, 0.6, 0.6, 0.5]
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([2], [0.6])
+    assert star.get_label() == "best: epoch 2, 0.600"
+    assert rate.lines[0].get_ydata().tolist() == [1e-3, 7e-4, 3e-4, 0.0]
+    assert all(axis.get_xlabel() == "epoch" for axis in (losses, score, rate))
+
+
+@pytest.fixture
+def by_case():
+    dice = {"vertebrae": [0.9, 0.8, 0.9, 0.7], "canal": [0.6, np.nan, 0.5, np.inf], "IVD": [np.nan] * 4}
+    rows = [
+        {"series": f"{i}_t1", "patient": f"{i}", "class": name, "dice": value, "asd_mm": 1.0 + i}
+        for name, values in {"background": [0.99] * 4, **dice}.items()
+        for i, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_every_case_has_a_dot_and_what_is_undefined_is_counted(by_case):
+    dice, asd = case_distribution(by_case, ("dice", "asd_mm")).axes
+    dots = {line.get_label(): line for line in dice.lines if line.get_label() in CLASSES}
+    assert {name: sorted(line.get_ydata()) for name, line in dots.items()} == {
+        "vertebrae": [0.7, 0.8, 0.9, 0.9],
+        "canal": [0.5, 0.6],
+    }
+    assert [label.get_text() for label in dice.get_xticklabels()] == [
+        "vertebrae\nn = 4\nundefined: 0",
+        "canal\nn = 2\nundefined: 2",
+        "IVD\nn = 0\nundefined: 4",
+    ]
+    # Two equal cases stand apart, and all of them within their own class's place.
+    places = dots["vertebrae"].get_xdata()
+    assert len(set(places)) == 4
+    assert np.all(np.abs(places) <= 0.2)
+    assert np.all(np.abs(dots["canal"].get_xdata() - 1) <= 0.2)
+    assert dots["vertebrae"].get_color() == PALETTE["vertebrae"]
+    assert len({line.get_marker() for line in dots.values()}) == 2
+    assert asd.get_ylabel() == "average surface distance (mm)"
+
+
+@pytest.mark.parametrize(("metrics", "named"), [(["dice", "hd95_mm"], r"\['hd95_mm'\]"), ([], "none named")])
+def test_a_metric_that_nobody_measured_is_refused(by_case, metrics, named):
+    with pytest.raises(ValueError, match=rf"do not have: {named}; expected some of \['dice', 'asd_mm'\]"):
+        case_distribution(by_case, metrics)
+
+
+@pytest.fixture
+def comparison():
+    columns = ["mark", "source", "data", "unit", "class", "dice", "dice_low", "dice_high", "dice_sd"]
+    nan = np.nan
+    return pd.DataFrame(
+        [
+            ("", "lumbarflow", "t2", "case mean", "vertebrae", 0.9, 0.85, 0.93, nan),
+            ("", "lumbarflow", "t2", "case mean", "canal", 0.8, nan, nan, nan),
+            ("‡", "nnU-Net", "", "scans", "vertebrae", 0.92, nan, nan, 0.05),
+            ("‡", "nnU-Net", "", "scans", "IVD", nan, nan, nan, nan),
+            ("", "lumbarflow", "t2", "case mean", "mean foreground", 0.85, nan, nan, nan),
+        ],
+        columns=columns,
+    )
+
+
+def test_the_comparison_draws_intervals_and_tells_other_protocols_by_hollow_markers(comparison):
+    figure = comparison_figure(comparison)
+    vertebrae, canal, disc = figure.axes
+    interval, ours, deviation, other = vertebrae.lines
+    assert (list(interval.get_xdata()), interval.get_linestyle()) == ([0.85, 0.93], "-")
+    np.testing.assert_allclose(deviation.get_xdata(), [0.87, 0.97])
+    assert deviation.get_linestyle() == ":"
+    assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([0.9], [0])
+    assert (list(other.get_xdata()), list(other.get_ydata())) == ([0.92], [1])
+    assert (ours.get_markerfacecolor(), other.get_markerfacecolor()) == (PALETTE["vertebrae"], "white")
+    assert [len(axis.lines) for axis in (canal, disc)] == [1, 0]
+    labels = [label.get_text() for label in vertebrae.get_yticklabels()]
+    assert labels == ["lumbarflow\nt2; case mean", "‡ nnU-Net\nscans"]
+    low, high = vertebrae.get_ylim()
+    assert low > high  # the first row stands at the top
+
+
+def test_a_comparison_without_a_dice_is_refused(comparison):
+    with pytest.raises(ValueError, match=r"no Dice of \['vertebrae', 'canal', 'IVD'\]; expected a row"):
+        comparison_figure(comparison.assign(dice=np.nan))
+
+
+def test_figures_become_the_same_png_without_a_warning(history, by_case, comparison):
+    # One epoch is what a model that is not trained by gradient has.
+    draw = [
+        lambda: training_curves(history.iloc[:1]),
+        lambda: case_distribution(by_case, ("dice",)),
+        lambda: comparison_figure(comparison),
+        lambda: confusion_figure(np.diag([8, 2, 5, 0])),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in draw:
+            first, second = png(figure(), dpi=40), png(figure(), dpi=40)
+            assert first.startswith(b"\x89PNG\r\n\x1a\n")
+            assert first == second
+            assert b"Matplotlib" not in first
+    width, height = struct.unpack(">II", png(training_curves(history), dpi=100)[16:24])
+    assert (width, height) == (1100, 340)

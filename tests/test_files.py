@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from lumbarflow.files import file_digest, read_json, value_digest, write_atomically, write_json
+from lumbarflow.files import code_digest, file_digest, read_json, value_digest, write_atomically, write_json
 
 
 def test_a_file_appears_whole_under_its_name(tmp_path):
@@ -69,6 +69,18 @@ def test_value_digests_ignore_the_order_of_keys_alone():
     assert digest == value_digest({"b": [1, 2], "a": 1})
     others = [{"a": 1, "b": [2, 1]}, {"a": "1", "b": [1, 2]}, {"a": 1, "b": [12]}, {"a": 1}]
     assert len({digest, *map(value_digest, others)}) == 5
+
+
+def test_code_digests_ignore_comments_layout_and_docstrings_alone(tmp_path):
+    def digest(text: str) -> str:
+        (tmp_path / "code.py").write_text(text)
+        return code_digest([tmp_path / "code.py"])
+
+    first = digest('"""One."""\n\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    assert digest("def f( x ):  # why\n    return (x + 1)\n") == first
+    assert digest("def f(x):\n    return x + 2\n") != first
+    # A string that is no docstring is part of what the code does.
+    assert digest("def f(x):\n    y = 'Doc.'\n    return x + 1\n") != first
 
 
 def test_file_digests_follow_the_bytes(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumbarflow.intensity import Normalisation
+from lumbarflow.intensity import ColumnNormalisation, Normalisation, normalisation_of
 
 
 def test_z_score_of_a_whole_series():
@@ -56,3 +56,38 @@ def test_constant_intensities_are_an_error():
     series[0] = 9.0  # an outlier is no contrast
     with pytest.raises(ValueError, match=r"constant \(7\) between percentiles 0.5 and 99.5; expected .* contrast"):
         Normalisation.of(series, (0.5, 99.5))
+
+
+# --- the paper's ------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_greys_are_each_slices_own_and_cut_off():
+    series = np.array([[[-1, 0], [1, 3]], [[10, 20], [50, 110]], [[7, 7], [7, 7]]], np.int16)
+    greys = ColumnNormalisation.of(series, (0.5, 99.5)).apply(series)
+    # 0, 1/4, 2/4 and 4/4 of 255 are 0, 63.75, 127.5 and 255; 1/10 and 4/10 of it 25.5 and 102; a constant slice is 0.
+    expected = [[[0, 63], [127, 255]], [[0, 25], [102, 255]], [[0, 0], [0, 0]]]
+    assert greys.dtype == np.float32
+    np.testing.assert_array_equal(greys, expected)
+
+
+def test_columns_get_length_one_and_empty_ones_stay_empty():
+    slices = np.array([[[3, 0, 5], [4, 0, 12]]], np.float32)  # two rows, three columns
+    finished = ColumnNormalisation().finish(slices)
+    np.testing.assert_allclose(finished, [[[0.6, 0, 5 / 13], [0.8, 0, 12 / 13]]], rtol=1e-6)
+    assert finished.dtype == np.float32
+    assert ColumnNormalisation().outside == 0
+
+
+def test_normalisations_are_chosen_by_name():
+    series = np.arange(12.0).reshape(1, 3, 4)
+    assert normalisation_of(series, "z_score", (0, 100)) == Normalisation.of(series, (0, 100))
+    assert normalisation_of(series, "column_l2", (0, 100)) == ColumnNormalisation()
+    with pytest.raises(ValueError, match=r"preprocess.normalisation is 'minmax'; expected one of z_score, column_l2"):
+        normalisation_of(series, "minmax", (0, 100))
+    with pytest.raises(ValueError, match="aren't finite"):
+        normalisation_of(np.array([[[np.nan, 1.0]]]), "column_l2", (0, 100))
+
+
+def test_the_z_score_leaves_nothing_to_do_at_the_nets_size():
+    slices = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    assert Normalisation(0, 1, 0.5, 0.5).finish(slices) is slices

@@ -197,3 +197,15 @@ def test_an_interrupted_series_is_its_own_and_made_again(spider, spider_maker, m
     # Not even with the earlier settings is it current: its image is the new one.
     assert spider.update({"1_t2": spider_maker.work("1_t2", earlier or "k")}).made == ["1_t2"]
     assert spider.record("1_t2")["key"] == (earlier or "k")
+
+
+def test_other_formats_are_written_by_a_function(store):
+    store.update({"1": Work("k", lambda: {"notes.txt": lambda path: path.write_text("x"), "record.json": {}})})
+    assert store.path("1", "notes.txt").read_text() == "x"
+
+
+def test_a_shared_folder_keeps_what_others_made(store, maker):
+    store.update({"a": maker.work("a", "k")})
+    update = store.update({"b": maker.work("b", "k")}, keep_others=True)
+    assert (store.series(), update.removed) == (["a", "b"], [])
+    assert store.update({"b": maker.work("b", "k")}).removed == ["a"]

@@ -1,17 +1,30 @@
-"""Figures for people: overlays and the confusion matrix, in the project's one palette."""
+"""Figures for people: overlays, curves and distributions, in the project's one palette.
+
+Every curve and class has a marker or a place of its own as well, so that nothing is told by colour alone.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from lumbarflow.labels import CLASSES, FOREGROUND, PALETTE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MARKERS = {"vertebrae": "o", "canal": "^", "IVD": "s"}
+FIGURE_LABELS = {
+    "dice": "Dice",
+    "asd_mm": "average surface distance (mm)",
+    "hd95_mm": "95th percentile Hausdorff distance (mm)",
+}
 
 
 @dataclass(frozen=True)
@@ -83,3 +96,147 @@ def confusion_figure(confusion: np.ndarray) -> Figure:
         )  # fmt: skip
     figure.colorbar(picture, label="share of the reference class")
     return figure
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Losses, validation mean IoU with its best epoch, and learning rate over the epochs.
+
+    Args:
+        history: one row per epoch with epoch, loss, val_loss, val_mean_iou, learning_rate (see `training.fit`).
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    losses, score, rate = figure.subplots(1, 3, sharex=True)
+    epochs = history["epoch"]
+    training = {"color": PALETTE["background"], "marker": ".", "linestyle": "-"}
+    validation = {"color": PALETTE["canal"], "marker": "x", "linestyle": "--"}
+    losses.plot(epochs, history["loss"], label="training", **training)
+    losses.plot(epochs, history["val_loss"], label="validation", **validation)
+    losses.set_ylabel("loss")
+    score.plot(epochs, history["val_mean_iou"], label="validation", **validation)
+    score.set_ylabel("mean IoU")
+    # As training chooses it: the first epoch of the highest value.
+    best = history.loc[history["val_mean_iou"].idxmax()]
+    score.plot(
+        [best["epoch"]], [best["val_mean_iou"]], color=PALETTE["vertebrae"], marker="*", markersize=14, linestyle="",
+        markeredgecolor=PALETTE["background"], label=f"best: epoch {int(best['epoch'])}, {best['val_mean_iou']:.3f}",
+    )  # fmt: skip
+    rate.plot(epochs, history["learning_rate"], **training)
+    rate.set_ylabel("learning rate")
+    for axis in (losses, score, rate):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    losses.legend(frameon=False)
+    score.legend(frameon=False)
+    return figure
+
+
+def case_distribution(by_case: pd.DataFrame, metrics: Sequence[str] = ("dice", "asd_mm", "hd95_mm")) -> Figure:
+    """One panel per metric: a box per foreground class with a dot for every case, and how many there are.
+
+    Args:
+        by_case: one row per series and class with `class` and the metrics (see `metrics.table_by_case`). A case whose
+            metric is not finite has no dot and is counted as undefined in the label.
+    Raises:
+        ValueError: no metric is asked for, or by_case lacks one.
+    """
+    from matplotlib.figure import Figure
+
+    lacking = [metric for metric in metrics if metric not in by_case]
+    if lacking or not metrics:
+        raise ValueError(
+            f"metrics to draw that the cases do not have: {lacking or 'none named'}; expected some of "
+            f"{[name for name in by_case.select_dtypes('number')]}. Name those that the evaluation wrote."
+        )
+    figure = Figure(figsize=(4.2 * len(metrics), 4.2), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        labels = []
+        for place, index in enumerate(FOREGROUND):
+            name = CLASSES[index]
+            values = by_case.loc[by_case["class"] == name, metric].to_numpy(float)
+            defined = values[np.isfinite(values)]
+            labels.append(f"{name}\nn = {len(defined)}\nundefined: {len(values) - len(defined)}")
+            if len(defined):
+                _box_with_dots(axis, place, defined, name)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlim(-0.6, len(labels) - 0.4)
+        axis.set_ylabel(FIGURE_LABELS.get(metric, metric))
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def _box_with_dots(axis: Axes, place: int, values: np.ndarray, name: str) -> None:
+    axis.boxplot(
+        values, positions=[place], widths=0.6, manage_ticks=False, showfliers=False,  # every case has its dot anyway
+        medianprops={"color": PALETTE["background"], "linewidth": 2},
+    )  # fmt: skip
+    # Steps of the golden ratio spread neighbours in rank far apart, the same in every drawing.
+    ranks = np.argsort(np.argsort(values))
+    spread = (ranks * 0.618034 % 1 - 0.5) * 0.4
+    axis.plot(
+        place + spread, values, color=PALETTE[name], marker=MARKERS[name], linestyle="", markersize=5,
+        markeredgecolor=PALETTE["background"], markeredgewidth=0.5, label=name,
+    )  # fmt: skip
+
+
+def comparison_figure(table: pd.DataFrame) -> Figure:
+    """Dice of each foreground class: one row per source, with the 95 % interval or one standard deviation either way.
+
+    Args:
+        table: see `report.comparison_table`; rows with a `mark` (another protocol) have hollow markers.
+    Raises:
+        ValueError: the table has no Dice of a foreground class.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = [CLASSES[index] for index in FOREGROUND]
+    table = table[table["class"].isin(names) & table["dice"].notna()]
+    if table.empty:
+        raise ValueError(
+            f"the comparison table has no Dice of {names}; expected a row for one at least. Run evaluate first."
+        )
+    rows = [
+        f"{row.mark} {row.source}\n{'; '.join(filter(None, (row.data, row.unit)))}".strip()
+        for row in table.itertuples()
+    ]
+    places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+    figure = Figure(figsize=(12, 1.2 + 0.48 * len(places)), layout="constrained")
+    axes = figure.subplots(1, len(names), sharex=True, sharey=True)
+    table = table.assign(place=[places[row] for row in rows])
+    for axis, name in zip(axes, names, strict=True):
+        for row in table[table["class"] == name].itertuples():
+            if np.isfinite(row.dice_low) and np.isfinite(row.dice_high):
+                axis.plot([row.dice_low, row.dice_high], [row.place] * 2, color=PALETTE["background"], linestyle="-")
+            elif np.isfinite(row.dice_sd):
+                ends = [row.dice - row.dice_sd, row.dice + row.dice_sd]
+                axis.plot(ends, [row.place] * 2, color=PALETTE["background"], linestyle=":")
+            axis.plot(
+                [row.dice], [row.place], color=PALETTE[name], marker=MARKERS[name], markersize=8, linestyle="",
+                markerfacecolor="white" if row.mark else PALETTE[name],
+                markeredgecolor=PALETTE[name] if row.mark else PALETTE["background"], markeredgewidth=1.5,
+            )  # fmt: skip
+        axis.set_title(name)
+        axis.set_xlabel("Dice")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(list(places.values()), list(places), fontsize=7)
+    axes[0].set_ylim(len(places) - 0.5, -0.5)
+    black = PALETTE["background"]
+    handles = [
+        Line2D([], [], color=black, linestyle="-", label="95 % interval"),
+        Line2D([], [], color=black, linestyle=":", label="one standard deviation"),
+        Line2D([], [], color=black, marker="o", markerfacecolor="white", linestyle="", label="another protocol"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure as a PNG file; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    # By default, the file names Matplotlib's version.
+    figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    return file.getvalue()

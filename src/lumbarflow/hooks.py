@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
@@ -20,6 +21,15 @@ _TO_LOOK_AT = (
     "metrics_by_case_csv",
     "overlays_figure",
     "confusion_figure",
+    "leakage_table_csv",
+    "baselines_table_csv",
+    "baselines_tests_csv",
+    "external_report_csv",
+    "external_by_class_csv",
+    "apta_audit_summary_csv",
+    "comparison_csv",
+    "report_html",
+    "report_markdown",
 )
 
 _NEXT = {
@@ -27,7 +37,16 @@ _NEXT = {
     "preprocess": "kedro run --pipeline=fit",
     "fit": "kedro run --pipeline=evaluate",
     "evaluate": "kedro run --pipeline=register",
+    "leakage": "kedro run --pipeline=report",
+    "baselines": "kedro run --pipeline=report",
 }
+
+
+RUN_TIMES = "run_times"
+
+
+def _names(run_params: dict[str, Any]) -> list[str]:
+    return run_params.get("pipeline_names") or [run_params.get("pipeline_name") or "__default__"]
 
 
 class RunHooks:
@@ -36,13 +55,15 @@ class RunHooks:
     def __init__(self) -> None:
         self._start = 0.0
         self._made: dict[str, Any] = {}
+        self._commit: dict[str, str] = {}
 
     # Last, so that kedro-mlflow has opened its run.
     @hook_impl(trylast=True)
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
         self._start = time.monotonic()
         self._made = {}
-        tracking.tag_run(tracking.git_commit(str(run_params.get("project_path") or ".")))
+        self._commit = tracking.git_commit(str(run_params.get("project_path") or "."))
+        tracking.tag_run(self._commit)
 
     @hook_impl
     def after_node_run(self, outputs: dict[str, Any]) -> None:
@@ -54,9 +75,20 @@ class RunHooks:
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         for line in self._summary(run_params, catalog):
             logger.info(line)
+        self._keep_time(run_params, catalog)
+
+    def _keep_time(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        """Add this run to the table of run times, where the report finds it."""
+        if RUN_TIMES not in catalog:
+            return
+        dataset = catalog.get(RUN_TIMES)
+        times = dataset.load() if dataset.exists() else {}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        row = {"seconds": round(time.monotonic() - self._start, 1), "finished": finished}
+        dataset.save(times | {" + ".join(_names(run_params)): row | self._commit})
 
     def _summary(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> list[str]:
-        names = run_params.get("pipeline_names") or [run_params.get("pipeline_name") or "__default__"]
+        names = _names(run_params)
         minutes, seconds = divmod(round(time.monotonic() - self._start), 60)
         lines = [f"--- {' + '.join(names)} finished in {minutes} min {seconds} s"]
         if evaluation := self._made.get("evaluation_summary"):

@@ -51,7 +51,7 @@ class Segmenter:
         Returns:
             float32 (n, rows, columns, classes).
         """
-        return np.concatenate(list(self._native_probabilities(slices, pixel_spacing_mm)))
+        return np.concatenate(list(self.batches(slices, pixel_spacing_mm)))
 
     def labels(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> np.ndarray:
         """uint8 (n, rows, columns) classes on the slices' own grid: probabilities are mapped back, then decided.
@@ -59,7 +59,7 @@ class Segmenter:
         Arguments as for `probabilities`; memory stays that of one batch.
         """
         decided = [
-            batch.argmax(axis=-1).astype(np.uint8) for batch in self._native_probabilities(slices, pixel_spacing_mm)
+            batch.argmax(axis=-1).astype(np.uint8) for batch in self.batches(slices, pixel_spacing_mm)
         ]
         return np.concatenate(decided)
 
@@ -70,7 +70,8 @@ class Segmenter:
         labels = self.labels(sagittal.array, (row, column))
         return LabelMap(orientation.restore(labels), volume.spacing_mm, volume.origin_mm, volume.direction)
 
-    def _native_probabilities(self, slices: np.ndarray, pixel_spacing_mm) -> Iterator[np.ndarray]:
+    def batches(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> Iterator[np.ndarray]:
+        """The same as `probabilities`, `batch_size` slices at a time: those of a whole series may not fit in memory."""
         if slices.ndim != 3 or 0 in slices.shape:
             raise ValueError(f"slices of shape {slices.shape}; expected (n, rows, columns), none of them 0")
         if len(pixel_spacing_mm) != 2 or not all(np.isfinite(v) and v > 0 for v in pixel_spacing_mm):

@@ -86,7 +86,7 @@ class ColumnNormalisation:
         lowest = array.min(axis=(1, 2), keepdims=True)
         extent = array.max(axis=(1, 2), keepdims=True) - lowest
         share = np.divide(array - lowest, extent, out=np.zeros_like(array), where=extent > 0)
-        return np.rint(255 * share).astype(np.float32)
+        return (255 * share).astype(np.uint8).astype(np.float32)  # cut off, as their cast to 8 bit does
 
     outside = 0.0
 

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline
 
-from lumbarflow.pipelines import evaluate, fit, ingest, preprocess, register, synthesize
+from lumbarflow.pipelines import (
+    apta_audit,
+    baselines,
+    evaluate,
+    evaluate_external,
+    export_nnunet,
+    fit,
+    ingest,
+    leakage,
+    preprocess,
+    register,
+    report,
+    synthesize,
+)
 
 
 def register_pipelines() -> dict[str, Pipeline]:
@@ -19,4 +32,14 @@ def register_pipelines() -> dict[str, Pipeline]:
     }
     # Synthesizing comes first and does nothing when the raw scans are somebody's own.
     train = sum(steps.values(), Pipeline([]))
-    return steps | {"train": train, "__default__": train}
+    checked = steps["synthesize"] + steps["ingest"]
+    prepared = checked + steps["preprocess"]
+    # Each of these starts from raw volumes as well; what is prepared already is only looked at.
+    comparisons = {
+        "leakage": prepared + leakage.create_pipeline(),
+        "baselines": prepared + baselines.create_pipeline(),
+        "evaluate_external": checked + evaluate_external.create_pipeline(),
+        "apta_audit": checked + apta_audit.create_pipeline(),
+        "export_nnunet": prepared + export_nnunet.create_pipeline(),
+    }
+    return steps | comparisons | {"report": report.create_pipeline(), "train": train, "__default__": train}

@@ -5,6 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lumbarflow.inference import weights_digest
+
+
+def describe_training(result: Any, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written down beside a trained net: what it was trained on, how that went, and which net it is.
+
+    Args:
+        result: a `training.TrainingResult`.
+        manifest: of the model input it was trained on.
+    """
+    return {
+        "content_hash": manifest["content_hash"],
+        "weights": weights_digest(result.model),
+        "parameters": int(result.model.count_params()),
+        "best_epoch": result.best_epoch,
+        "epochs": len(result.history),
+        "seconds": sum(row["seconds"] for row in result.history),
+        "stopped_by": result.stopped_by,
+        "hardware": result.hardware,
+    }
+
 
 def check_training(record: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:
     """Stop if a net is not the one that was trained on this model input.

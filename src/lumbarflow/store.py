@@ -31,7 +31,8 @@ class Work:
 
     Attributes:
         key: digest of everything the result depends on (contents of the inputs, parameters).
-        make: returns file name -> Volume, LabelMap, NumPy array or JSON-able value; `record.json` must be among them.
+        make: returns file name -> Volume, LabelMap, NumPy array, JSON-able value or, for other formats, a function that
+            writes the file it is given the path of; `record.json` must be among them.
     """
 
     key: str
@@ -80,19 +81,20 @@ class SeriesStore:
         """A memory-mapped, read-only array."""
         return np.load(self.path(series, name), mmap_mode="r")
 
-    def update(self, work: Mapping[str, Work], description: str = "series") -> Update:
+    def update(self, work: Mapping[str, Work], description: str = "series", keep_others: bool = False) -> Update:
         """Make what is missing or outdated, keep what is current, remove series that `work` doesn't name.
 
         Args:
             work: series -> Work.
             description: what the progress bar and the log call these series.
+            keep_others: don't remove: several pipelines keep their results in this folder.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(".partial-*"):  # an interrupted run's
             shutil.rmtree(left, ignore_errors=True)
         update = Update()
         for series in self.series():
-            if series not in work:
+            if series not in work and not keep_others:
                 self._remove(series)
                 update.removed.append(series)
         outdated = {series: item for series, item in work.items() if self._key(series) != item.key}
@@ -126,6 +128,8 @@ class SeriesStore:
                 elif name == RECORD:
                     # A record may forbid its own reuse (key None): a failure that could pass, such as a full disk.
                     write_json(partial / name, {"key": work.key, **value})
+                elif callable(value):
+                    value(partial / name)
                 else:
                     write_json(partial / name, value)
             partial.chmod(0o755)

@@ -40,9 +40,9 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
         mlflow.log_metrics(numbers, step=step)
 
 
-def log_epoch(row: Mapping[str, Any]) -> None:
-    """Log one row of the training history under its epoch."""
-    log_metrics({key: value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
+def log_epoch(row: Mapping[str, Any], prefix: str = "") -> None:
+    """Log one row of the training history under its epoch; `prefix` tells several nets of one run apart."""
+    log_metrics({f"{prefix}{key}": value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
 
 
 def git_commit(folder: str) -> dict[str, str]:

@@ -1,21 +1,19 @@
-"""How good the model is on patients it has not seen, on the native grid."""
+"""How good the model is on patients it has not seen, on the native grid; and beside it, by the paper's own measures."""
 
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lumbarflow import imaging, inference, intensity, metrics, resampling, tracking
+from lumbarflow import evaluation, metrics, tracking
 from lumbarflow.figures import Overlay, confusion_figure, overlay_figure
-from lumbarflow.files import source_digest, value_digest
-from lumbarflow.imaging import LabelMap, Orientation
-from lumbarflow.inference import Segmenter, weights_digest
+from lumbarflow.inference import weights_digest
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
+from lumbarflow.paper_protocol import paper_scores
 from lumbarflow.parameters import check_names
 from lumbarflow.provenance import check_training
 from lumbarflow.store import SeriesStore, Work
@@ -28,33 +26,14 @@ def predict_test(
     training_record: dict[str, Any],
     model_input: ModelInput,
     series: SeriesStore,
-    split: pd.DataFrame,
     settings: dict[str, Any],
 ) -> dict[str, Work]:
     """Plan the segmentation of every series with test slices, in the storage order of its raw file."""
-    check_names(settings, ("batch_size",), "evaluation")
+    check_names(settings, evaluation.SETTINGS, "evaluation")
     weights = weights_digest(model)
     check_training(training_record, weights, model_input.manifest)
     tracking.tag_manifest(model_input.manifest)
-    segmenter_settings = model_input.segmenter_settings(settings["batch_size"])
-    segmenter = Segmenter(model, segmenter_settings)
-    code = source_digest(inference, resampling, intensity, imaging)
-
-    def predict(name: str) -> dict[str, Any]:
-        image = series.volume(name, "image.mha")
-        column, row, _ = image.spacing_mm
-        labels = segmenter.labels(image.array, (row, column))
-        record = series.record(name)
-        stored = Orientation.from_dict(record["orientation"]).restore(labels)
-        return {"labels.mha": LabelMap(stored, **record["geometry"]), "record.json": {"model": weights}}
-
-    names = sorted(split.loc[split["side"] == "test", "series"].unique())
-    return {
-        name: Work(
-            value_digest([code, weights, segmenter_settings, series.record(name)["key"]]), partial(predict, name)
-        )
-        for name in names
-    }
+    return evaluation.prediction_work(lambda: model, weights, model_input, series, settings["batch_size"])
 
 
 def score_cases(
@@ -62,75 +41,106 @@ def score_cases(
     series: SeriesStore,
     prepared: SeriesStore,
     model_input: ModelInput,
-    split: pd.DataFrame,
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, dict[str, Any], dict[str, Any]]:
-    """Compare predictions with references, over all test slices, none filtered out."""
-    test = split[split["side"] == "test"]
-    cases, ceiling = {}, np.zeros((len(CLASSES),) * 2, np.int64)
-    for name, rows in test.groupby("series"):
-        reference, predicted = _sagittal_pair(predictions, series, name)
-        slices = np.sort(rows["slice"].to_numpy())
-        cases[name] = (rows["patient"].iloc[0], metrics.confusion_matrix(reference[slices], predicted[slices]))
-        ceiling += np.array(prepared.record(name)["ceiling"])
-    pooled = sum(confusion for _, confusion in cases.values())
-    by_case = metrics.table_by_case(cases)
-    by_class = metrics.table_by_class(by_case, {"pooled": pooled, "ceiling": ceiling})
-    mean = metrics.mean_foreground_dice(pooled)
+    settings: dict[str, Any],
+) -> tuple[
+    pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, dict, dict
+]:
+    """Compare predictions with references, over the test slices.
+
+    Returns the figures by slice; by case, by class and their intervals, each twice (for machines and for people); the
+    confusion matrix; and a summary.
+    """
+    manifest = model_input.manifest
+    test = manifest["sides"]["test"]
+    ceiling = sum(np.array(prepared.record(name)["ceiling"]) for name in test)
+    evaluated = evaluation.evaluate_cases(evaluation.predicted_cases(manifest, series, predictions), settings, ceiling)
+    by_class = evaluated.by_class
+    mean = metrics.mean_foreground_dice(evaluated.confusion)
     at_pooled = by_class[by_class["scope"] == "pooled"].set_index("class")
     summary = {
         "mean_foreground_dice": mean,
         "ceiling_mean_foreground_dice": metrics.mean_foreground_dice(ceiling),
         **{f"dice_{name}": float(at_pooled.loc[name, "dice"]) for name in CLASSES},
-        "weights": predictions.record(next(iter(cases)))["model"],
-        "content_hash": model_input.manifest["content_hash"],
-        "test_patients": int(test["patient"].nunique()),
-        "test_series": len(cases),
-        "test_slices": len(test),
+        "weights": predictions.record(next(iter(test)))["model"],
+        "content_hash": manifest["content_hash"],
+        "test_patients": len({manifest["series"][name]["patient"] for name in test}),
+        "test_series": len(test),
+        "test_slices": sum(map(len, test.values())),
     }
     tracking.log_metrics(summary)
     for name in CLASSES[1:]:
         row = at_pooled.loc[name]
-        logger.info("%s: Dice %.3f, IoU %.3f, precision %.3f, recall %.3f", name, row.dice, row.iou, row.precision,
-                    row.recall)  # fmt: skip
+        logger.info(
+            "%s: Dice %.3f, IoU %.3f, ASD %.2f mm, HD95 %.2f mm (pooled)",
+            *(name, row.dice, row.iou, row.asd_mm, row.hd95_mm),
+        )
     logger.info(
         "mean foreground Dice %.4f over %d slices of %d test patients (pooled, native grid); "
         "the reference itself, resampled to the input size and back, has %.4f",
-        mean, len(test), summary["test_patients"], summary["ceiling_mean_foreground_dice"],
-    )  # fmt: skip
-    return by_case, by_case, by_class, by_class, {"classes": list(CLASSES), "counts": pooled.tolist()}, summary
+        *(mean, summary["test_slices"], summary["test_patients"], summary["ceiling_mean_foreground_dice"]),
+    )
+    confusion = {"classes": list(CLASSES), "counts": evaluated.confusion.tolist()}
+    tables = (evaluated.by_case, by_class, evaluated.intervals)
+    return (evaluated.by_slice, *(table for table in tables for _ in range(2)), confusion, summary)
+
+
+def score_paper_protocol(
+    model: Any, model_input: ModelInput, evaluation_settings: dict[str, Any], settings: dict[str, Any]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same net by the paper's measures (twice: for machines and for people)."""
+    slices = model_input.slices("test")
+    size = evaluation_settings["batch_size"]
+
+    def batches():
+        for start in range(0, len(slices), size):
+            batch = slices[start : start + size]
+            images = np.stack([model_input.image(*where) for where in batch]).astype(np.float32)[..., None]
+            probabilities = np.asarray(model.predict(images, batch_size=size, verbose=0), np.float32)
+            yield np.stack([model_input.label(*where) for where in batch]), probabilities
+
+    table = paper_scores(batches(), settings)
+    for row in table.itertuples():
+        logger.info(
+            "paper's protocol, %s: IoU %.4f, Dice %.4f, ASD %.4f pixels, NSD %.4f",
+            *(row[1], row.iou, row.dice, row.asd_pixels, row.nsd),
+        )
+    return table, table
 
 
 def draw_figures(
-    predictions: SeriesStore, series: SeriesStore, by_case: pd.DataFrame, split: pd.DataFrame, confusion: dict[str, Any]
+    predictions: SeriesStore,
+    series: SeriesStore,
+    by_case: pd.DataFrame,
+    model_input: ModelInput,
+    confusion: dict[str, Any],
 ) -> tuple[Any, Any]:
     """Overlays of the best, the median and the worst case, and the confusion matrix."""
-    foreground = by_case[by_case["class"] != CLASSES[0]]
-    ranked = foreground.groupby("series")["dice"].mean().dropna().sort_values(ascending=False)
-    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-    test = split[split["side"] == "test"]
-    overlays = []
-    for title, place in places.items():
-        name = ranked.index[place]
-        reference, predicted = _sagittal_pair(predictions, series, name)
-        # The slice with the most foreground of those tested shows the case better than its middle one.
-        tested = np.sort(test.loc[test["series"] == name, "slice"].to_numpy())
-        shown = tested[np.argmax((reference[tested] > 0).sum(axis=(1, 2)))]
-        image = series.volume(name, "image.mha")
-        column, row, _ = image.spacing_mm
-        overlays.append(
-            Overlay(
-                f"{title}: {name}, slice {shown}, mean Dice {ranked.iloc[place]:.3f}",
-                image.array[shown],
-                reference[shown],
-                predicted[shown],
-                (row, column),
-            )  # fmt: skip
-        )
+    overlays, _ = choose_overlays(predictions, series, by_case, model_input)
     return overlay_figure(overlays), confusion_figure(np.array(confusion["counts"]))
 
 
-def _sagittal_pair(predictions: SeriesStore, series: SeriesStore, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reference and prediction of one series, uint8 (slice, row, column) at native resolution."""
-    reference = series.label_map(name, "labels.mha").array
-    orientation = Orientation.from_dict(series.record(name)["orientation"])
-    return reference, orientation.apply(predictions.label_map(name, "labels.mha").array)
+def choose_overlays(
+    predictions: SeriesStore, series: SeriesStore, by_case: pd.DataFrame, model_input: ModelInput
+) -> tuple[list[Overlay], pd.DataFrame]:
+    """The slices to show of the best, the median and the worst case, and a table of them: case, series, slice, dice."""
+    foreground = by_case[by_case["class"] != CLASSES[0]]
+    ranked = foreground.groupby("series")["dice"].mean().dropna().sort_values(ascending=False)
+    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
+    overlays, chosen = [], []
+    for title, place in places.items():
+        name = ranked.index[place]
+        case = evaluation.read_case(series, predictions, name, tested=model_input.manifest["sides"]["test"][name])
+        # The slice with the most foreground of those tested shows the case better than its middle one.
+        shown = int(case.tested[np.argmax((case.reference[case.tested] > 0).sum(axis=(1, 2)))])
+        dice = float(ranked.iloc[place])
+        overlays.append(
+            Overlay(
+                f"{title}: {name}, slice {shown}, mean Dice {dice:.3f}",
+                series.volume(name, "image.mha").array[shown],
+                case.reference[shown],
+                case.prediction[shown],
+                case.spacing_mm[1:],
+            )
+        )
+        chosen.append({"case": title, "series": name, "slice": shown, "dice": dice})
+    return overlays, pd.DataFrame(chosen)

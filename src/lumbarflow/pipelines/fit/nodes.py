@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow import tracking
-from lumbarflow.inference import weights_digest
 from lumbarflow.model_input import ModelInput
+from lumbarflow.provenance import describe_training
 
 
 def train_model(
@@ -27,12 +27,6 @@ def train_model(
     tracking.tag_manifest(model_input.manifest)
     settings = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
     result = fit(model_input, settings, on_epoch=tracking.log_epoch)
-    record = {
-        "content_hash": model_input.manifest["content_hash"],
-        "weights": weights_digest(result.model),
-        "best_epoch": result.best_epoch,
-        "stopped_by": result.stopped_by,
-        "hardware": result.hardware,
-    }
+    record = describe_training(result, model_input.manifest)
     history = pd.DataFrame(result.history)
     return result.model, record, history, history

@@ -1,0 +1,157 @@
+"""Several nets trained under one budget: each is trained once, and kept under what it was trained from.
+
+A run is a name in tables, a manifest of model input (its split among it) and the settings of `training.fit`. Trained
+nets are stored by the digest of all that determines them, so that pipelines that need the same net share it, and a
+run that was interrupted goes on with the nets that are still missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pandas as pd
+
+from lumbarflow import models
+from lumbarflow.files import code_digest, read_json, value_digest
+from lumbarflow.labels import CLASSES, FOREGROUND
+from lumbarflow.metrics import MEAN_FOREGROUND
+from lumbarflow.model_input import ModelInput
+from lumbarflow.provenance import describe_training
+from lumbarflow.store import RECORD, SeriesStore, Work
+
+NETWORK, HISTORY = "model.keras", "history.json"
+
+# What a trained net depends on beside its data, its settings and the module that builds it. Named, not imported: these
+# import Keras.
+_CODE = ("training", "losses", "augmentation", "models.levels")
+
+
+def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run as JSON: the manifest, the settings, and the name that its trained net has in the store.
+
+    Args:
+        manifest: of the model input.
+        settings: sections of `training.fit`, with `model.name`.
+    Raises:
+        ValueError: no model of that name.
+    """
+    name = settings["model"]["name"]
+    modules = [f"lumbarflow.{module}" for module in _CODE] + [models.find(name).build.__module__]
+    code = code_digest(find_spec(module).origin for module in modules)
+    key = value_digest([code, manifest["content_hash"], settings])
+    return {"entry": f"{name}-{key[:16]}", "key": key, "manifest": dict(manifest), "settings": dict(settings)}
+
+
+def training_work(
+    plan: Mapping[str, Mapping[str, Any]],
+    prepared: SeriesStore,
+    on_epoch: Callable[[str, dict[str, float]], None] | None = None,
+) -> dict[str, Work]:
+    """What a store of trained nets has to hold for these runs, and how to train what it lacks.
+
+    Args:
+        plan: run -> `plan_run`.
+        prepared: the arrays that the manifests describe.
+        on_epoch: called after each epoch with the run's name and the epoch's history entry.
+    """
+
+    def train(name: str, run: Mapping[str, Any]) -> dict[str, Any]:
+        from lumbarflow.training import fit, save_model
+
+        model_input = model_input_of(run, prepared)
+        result = fit(model_input, run["settings"], on_epoch=partial(on_epoch, name) if on_epoch else None)
+        return {
+            NETWORK: partial(save_model, result.model),
+            HISTORY: result.history,
+            RECORD: describe_training(result, model_input.manifest),
+        }
+
+    return {run["entry"]: Work(run["key"], partial(train, name, run)) for name, run in plan.items()}
+
+
+def model_input_of(run: Mapping[str, Any], prepared: SeriesStore) -> ModelInput:
+    """The model input of a run: its own manifest over the arrays that all runs share."""
+    return ModelInput(prepared.root.parent, run["manifest"])
+
+
+def histories(plan: Mapping[str, Mapping[str, Any]], trained: SeriesStore) -> pd.DataFrame:
+    """The training history of every run, one below the other: run, then the columns of the history."""
+    tables = [
+        pd.DataFrame(read_json(trained.path(run["entry"], HISTORY))).assign(run=name) for name, run in plan.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table[["run", *(column for column in table if column != "run")]]
+
+
+def leakage_table(by_class: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """What the split by slice adds to each figure.
+
+    Args:
+        by_class: `metrics.table_by_class` of the runs "slice" and "patient", with a column `run`.
+        columns: figures to compare.
+    Returns:
+        scope, class, metric, slice_split, patient_split, difference (slice minus patient), for the pooled figures and
+        the means over slices: a case is whole under the split by patient only, so there are no means over cases.
+    """
+    names = [*(CLASSES[index] for index in FOREGROUND), MEAN_FOREGROUND]
+    rows = []
+    for scope in ("pooled", "slice mean"):
+        chosen = by_class[by_class["scope"] == scope].set_index(["run", "class"])
+        for metric in columns:
+            for name in names:
+                by_slice, by_patient = (float(chosen.loc[(run, name), metric]) for run in ("slice", "patient"))
+                rows.append([scope, name, metric, by_slice, by_patient, by_slice - by_patient])
+    return pd.DataFrame(rows, columns=["scope", "class", "metric", "slice_split", "patient_split", "difference"])
+
+
+def baselines_table(
+    plan: Mapping[str, Mapping[str, Any]], trained: SeriesStore, by_class: pd.DataFrame, intervals: pd.DataFrame
+) -> pd.DataFrame:
+    """Every run in the figures that baselines are compared by.
+
+    Args:
+        plan, trained: the runs and their nets.
+        by_class, intervals: tables of `evaluation.Evaluation`, with a column `run`.
+    Returns:
+        run, model (its title), parameters, epochs, best_epoch, minutes (of training), class, dice with dice_low and
+        dice_high (pooled over voxels; interval over patients), and every surface figure as its mean over cases.
+    """
+    surfaces = [name for name in by_class if name == "asd_mm" or name.startswith(("hd95", "nsd"))]
+    rows = []
+    for name, run in plan.items():
+        record = trained.record(run["entry"])
+        facts = {
+            "run": name,
+            "model": models.find(run["settings"]["model"]["name"]).title,
+            "parameters": record["parameters"],
+            "epochs": record["epochs"],
+            "best_epoch": record["best_epoch"],
+            "minutes": record["seconds"] / 60,
+        }
+        figures = by_class[by_class["run"] == name].set_index(["scope", "class"])
+        limits = intervals[
+            (intervals["run"] == name) & (intervals["scope"] == "pooled") & (intervals["metric"] == "dice")
+        ].set_index("class")
+        for label in (*(CLASSES[index] for index in FOREGROUND), MEAN_FOREGROUND):
+            rows.append(
+                facts
+                | {"class": label, "dice": figures.loc[("pooled", label), "dice"]}
+                | {"dice_low": limits.loc[label, "low"], "dice_high": limits.loc[label, "high"]}
+                | {surface: figures.loc[("case mean", label), surface] for surface in surfaces}
+            )
+    return pd.DataFrame(rows)
+
+
+def load_network(trained: SeriesStore, run: Mapping[str, Any]) -> Any:
+    """The trained net of a run."""
+    from lumbarflow.training import load_model
+
+    return load_model(trained.path(run["entry"], NETWORK))
+
+
+def prediction_entry(run: str, series: str) -> str:
+    """The name that a run's prediction of a series has in a store."""
+    return f"{run}@{series}"

@@ -1,0 +1,192 @@
+"""From a net, or anybody's masks, to the tables of figures: one path for the model, the baselines and other tools.
+
+Predictions lie in a SeriesStore, one entry per case: `labels.mha` in the storage order of the raw file, and, where they
+come from probabilities, `soft_overlap.npy` (see `metrics.soft_overlap`). Cases are read one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lumbarflow import imaging, inference, intensity, metrics, resampling, statistics
+from lumbarflow.files import source_digest, value_digest
+from lumbarflow.imaging import LabelMap, Orientation
+from lumbarflow.inference import Segmenter
+from lumbarflow.model_input import ModelInput
+from lumbarflow.parameters import check_names
+from lumbarflow.progress import track
+from lumbarflow.store import RECORD, SeriesStore, Work
+
+# The section `evaluation` of the parameters.
+SETTINGS = ("batch_size", "metrics", "intervals")
+LABELS, SOFT_OVERLAP = "labels.mha", "soft_overlap.npy"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One series to score, uint8 classes (slice, row, column) on both sides.
+
+    Attributes:
+        spacing_mm: (slice, row, column).
+        tested: indices of the slices that count; all of them unless the split is by slice.
+        soft_overlap: float64 (slices, classes, 3) of `metrics.soft_overlap`; None if there are no probabilities.
+    """
+
+    series: str
+    patient: str
+    reference: np.ndarray
+    prediction: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    tested: np.ndarray
+    soft_overlap: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The tables of some cases, see `metrics` for their columns.
+
+    Attributes:
+        by_slice, by_case, by_class: figures of each slice, case and class.
+        intervals: scope, class, metric, value, low, high, n_cases, n_patients, n_undefined: bootstrap over patients of
+            the means over cases and of the pooled overlap figures.
+        confusion: voxels of all cases, int64 (classes, classes).
+    """
+
+    by_slice: pd.DataFrame
+    by_case: pd.DataFrame
+    by_class: pd.DataFrame
+    intervals: pd.DataFrame
+    confusion: np.ndarray
+
+
+def prediction_work(
+    load_network: Callable[[], Any],
+    weights: str,
+    model_input: ModelInput,
+    series: SeriesStore,
+    batch_size: int,
+) -> dict[str, Work]:
+    """Plan the segmentation of every series with test slices; each is made only if something has changed.
+
+    Args:
+        load_network: returns the Keras model; called when the first series needs it.
+        weights: digest of its weights.
+        model_input: what it was trained on.
+        series: ingested series, with the references that the probabilities are weighed against.
+        batch_size: slices per forward pass.
+    """
+    settings = model_input.segmenter_settings(batch_size)
+    code = source_digest(inference, resampling, intensity, imaging, metrics)
+    loaded: list[Segmenter] = []
+
+    def predict(name: str) -> dict[str, Any]:
+        if not loaded:
+            loaded.append(Segmenter(load_network(), settings))
+        image, reference = series.volume(name, "image.mha"), series.label_map(name, "labels.mha").array
+        column, row, _ = image.spacing_mm
+        labels, overlaps, start = [], [], 0
+        for batch in loaded[0].batches(image.array, (row, column)):
+            labels.append(batch.argmax(axis=-1).astype(np.uint8))
+            overlaps.append(metrics.soft_overlap(reference[start : start + len(batch)], batch))
+            start += len(batch)
+        record = series.record(name)
+        stored = Orientation.from_dict(record["orientation"]).restore(np.concatenate(labels))
+        return {
+            LABELS: LabelMap(stored, **record["geometry"]),
+            SOFT_OVERLAP: np.concatenate(overlaps),
+            RECORD: {"model": weights},
+        }
+
+    return {
+        name: Work(value_digest([code, series.record(name)["key"], weights, settings]), partial(predict, name))
+        for name in sorted(model_input.manifest["sides"]["test"])
+    }
+
+
+def predicted_cases(
+    manifest: Mapping[str, Any],
+    series: SeriesStore,
+    predictions: SeriesStore,
+    entry: Callable[[str], str] = str,
+) -> Iterator[Case]:
+    """The test cases of a model input, one at a time.
+
+    Args:
+        manifest: of the model input; its side "test" names series and slices.
+        series, predictions: references and predictions.
+        entry: series -> its entry's name in `predictions`.
+    """
+    for name, tested in track(sorted(manifest["sides"]["test"].items()), "score"):
+        yield read_case(series, predictions, name, entry(name), tested)
+
+
+def read_case(
+    series: SeriesStore, predictions: SeriesStore, name: str, entry: str | None = None, tested: Iterable[int] = ()
+) -> Case:
+    """One case of the two stores; without `tested`, all its slices count."""
+    entry = entry or name
+    record = series.record(name)
+    reference = series.label_map(name, "labels.mha")
+    orientation = Orientation.from_dict(record["orientation"])
+    column, row, slice_spacing = reference.spacing_mm
+    soft = predictions.array(entry, SOFT_OVERLAP) if predictions.path(entry, SOFT_OVERLAP).is_file() else None
+    return Case(
+        name,
+        record["patient"],
+        reference.array,
+        orientation.apply(predictions.label_map(entry, LABELS).array),
+        (slice_spacing, row, column),
+        np.array(sorted(tested) or range(len(reference.array))),
+        soft,
+    )
+
+
+def evaluate_cases(cases: Iterable[Case], settings: Mapping[str, Any], ceiling: np.ndarray | None = None) -> Evaluation:
+    """Score cases one at a time; memory does not grow with their number, but for a few rows a slice.
+
+    Args:
+        cases: at least one.
+        settings: SETTINGS.
+        ceiling: confusion matrix of the references against themselves, resampled to the net's size and back.
+    """
+    check_names(settings, SETTINGS, "evaluation")
+    nothing = metrics.Pooled.of_nothing(settings["metrics"]["nsd_tolerances_mm"])
+    scored, patients, pooled = {}, {}, nothing
+    for case in cases:
+        scores = metrics.score_case(
+            case.reference,
+            case.prediction,
+            case.spacing_mm,
+            settings["metrics"],
+            tested=case.tested,
+            soft=case.soft_overlap,
+        )
+        pooled += scores.pooled
+        # Only the rows are kept: the histograms of all cases would be what grows most.
+        scored[case.series] = (case.patient, replace(scores, pooled=nothing))
+        patients[case.patient] = patients.get(case.patient, 0) + scores.pooled.confusion
+    by_slice, by_case = metrics.table_by_slice(scored), metrics.table_by_case(scored)
+    by_class = metrics.table_by_class(by_slice, by_case, pooled, ceiling)
+    return Evaluation(by_slice, by_case, by_class, _intervals(by_case, patients, settings), pooled.confusion)
+
+
+def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> pd.DataFrame:
+    options = settings["intervals"]
+    check_names(options, ("samples", "level", "seed"), "evaluation.intervals")
+    columns = [*metrics.figure_columns(settings["metrics"]["nsd_tolerances_mm"]), "detection_rate"]
+    of_cases = statistics.patient_bootstrap(by_case, columns, by=["class"], **options)
+    pooled = statistics.pooled_bootstrap(patients, metrics.SCORES, **options)
+    tables = [
+        pooled.drop(columns="n_undefined_draws").assign(
+            scope="pooled", n_cases=by_case["series"].nunique(), n_undefined=0
+        ),
+        of_cases.rename(columns={"mean": "value"}).assign(scope="case mean"),
+    ]
+    columns = ["scope", "class", "metric", "value", "low", "high", "n_cases", "n_patients", "n_undefined"]
+    return pd.concat(tables, ignore_index=True)[columns]

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from lumbarflow.pipelines.report.nodes import compare_with_published, draw_report_figures, write_report
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """Compare with the paper and the literature, and write the report."""
+    return pipeline(
+        [
+            node(
+                compare_with_published,
+                inputs=[
+                    "metrics_by_class",
+                    "metrics_intervals",
+                    "paper_metrics",
+                    "model_input",
+                    "params:paper_protocol",
+                    "params:report",
+                ],
+                outputs=["comparison", "comparison_csv"],
+                name="compare_with_published",
+            ),
+            node(
+                draw_report_figures,
+                inputs=["training_history", "metrics_by_case", "comparison"],
+                outputs=["training_figure", "cases_figure", "comparison_figure"],
+                name="draw_report_figures",
+            ),
+            node(
+                write_report,
+                inputs=[
+                    "ingest_report",
+                    "series_index",
+                    "split",
+                    "slice_index",
+                    "filter_rules",
+                    "model_input",
+                    "training_record",
+                    "training_history",
+                    "predictions",
+                    "ingested_series",
+                    "metrics_by_case",
+                    "metrics_by_class",
+                    "metrics_intervals",
+                    "confusion_matrix",
+                    "evaluation_summary",
+                    "comparison",
+                    "run_times",
+                    "leakage_table_csv",
+                    "baselines_table_csv",
+                    "baselines_tests_csv",
+                    "external_by_class_csv",
+                    "apta_audit_summary_csv",
+                    "parameters",
+                ],
+                outputs=["report_html", "report_markdown"],
+                name="write_report",
+            ),
+        ],
+        tags="report",
+    )

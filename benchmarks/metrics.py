@@ -3,12 +3,12 @@
     python benchmarks/metrics.py [--raw-dir DIR] [--skip-methods]
 
 The reference is a synthetic lumbar scan, or the first mask of DIR (SPIDER's layout), brought to 25 x 640 x 512 voxels.
-The "close" prediction is the reference moved by a smooth random field of two pixels or so; the others are what a bad net
-gives. Seconds are the processor's, so that what else the machine does counts little; compare them within one run.
+The "close" prediction is the reference moved by a smooth random field of two pixels or so; the others are what a bad
+net gives. Seconds are the processor's, so that what else the machine does counts little; compare them within one run.
 
 The methods are compared on the surfaces of all three classes in three dimensions: the library `surface-distance` as it
-is; a distance transform of SciPy or of `edt` (if that is installed; LGPL, so no dependency) in the box of both masks; the
-k-d tree; and `lumbarflow.surfaces`, which takes the k-d tree unless the surfaces fill the box.
+is; a distance transform of SciPy or of `edt` (if that is installed; LGPL, so no dependency) in the box of both masks;
+the k-d tree; and `lumbarflow.surfaces`, which takes the k-d tree unless the surfaces fill the box.
 """
 
 from __future__ import annotations

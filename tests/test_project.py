@@ -13,7 +13,10 @@ import yaml
 from kedro.config import OmegaConfigLoader
 
 ROOT = Path(__file__).parents[1]
-PIPELINES = {"synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__"}
+PIPELINES = {
+    "synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__", "report", "leakage",
+    "baselines", "evaluate_external", "export_nnunet", "apta_audit",
+}  # fmt: skip
 CATALOG = {
     "series_index", "ingest_report", "slice_index", "split", "model_input", "model", "training_history", "predictions",
     "metrics_by_class", "metrics_by_case",
@@ -52,7 +55,7 @@ def test_the_public_pipelines_are_there_and_train_is_the_default(pipelines):
 
 def test_every_data_set_of_the_pipelines_is_a_catalog_entry_with_a_layer(pipelines):
     catalog = configuration()["catalog"]
-    used = {name for name in pipelines["train"].datasets() if not name.startswith("params:")}
+    used = {name for pipeline in pipelines.values() for name in pipeline.datasets() if not name.startswith("param")}
     assert used == set(catalog)
     assert set(catalog) >= CATALOG
     for name, entry in catalog.items():
@@ -66,15 +69,16 @@ def test_layers_follow_the_flow_of_data(pipelines):
     def rank(name: str) -> int:
         return LAYERS.index(catalog[name]["metadata"]["kedro-viz"]["layer"])
 
-    for node in pipelines["train"].nodes:
-        sources = [rank(name) for name in node.inputs if not name.startswith("params:")]
+    for node in {node for pipeline in pipelines.values() for node in pipeline.nodes}:
+        sources = [rank(name) for name in node.inputs if not name.startswith("param")]
         assert not sources or max(sources) <= min(rank(name) for name in node.outputs), node.name
 
 
-@pytest.mark.parametrize("environment", ["local", "spider"])
+@pytest.mark.parametrize("environment", ["local", "spider", "paper"])
 def test_every_parameter_that_a_node_takes_is_configured(pipelines, environment):
     parameters = configuration(environment)["parameters"]
-    taken = {name.removeprefix("params:") for name in pipelines["train"].inputs() if name.startswith("params:")}
+    inputs = {name for pipeline in pipelines.values() for name in pipeline.inputs()}
+    taken = {name.removeprefix("params:") for name in inputs if name.startswith("params:")}
     for name in taken:
         value = parameters
         for part in name.split("."):
@@ -87,6 +91,34 @@ def test_spider_states_only_what_differs_from_base():
     assert spider["preprocess"] == base["preprocess"] | {"size": [256, 256]}
     assert spider | {"preprocess": None, "raw_dir": None} == base | {"preprocess": None, "raw_dir": None}
     assert spider["split"]["method"] == "patient"
+
+
+def test_the_paper_environment_is_the_papers_protocol():
+    base, paper = configuration()["parameters"], configuration("paper")["parameters"]
+    assert paper["split"] == {
+        "method": "slice", "seed": 0, "validation_fraction": 0.1, "test_fraction": 0.1, "validation_is_test": True,
+    }  # fmt: skip
+    assert (paper["preprocess"]["size"], paper["preprocess"]["keep_aspect"]) == ([256, 256], False)
+    assert paper["preprocess"]["normalisation"] == "column_l2"
+    assert (paper["loss"]["gamma"], paper["loss"]["alpha"], paper["loss"]["dice_over"]) == (4, 0.6, "pooled")
+    training = paper["training"]
+    assert (training["batch_size"], training["epochs"], training["patience"]) == (8, 100, 20)
+    assert (training["learning_rate"], training["learning_rate_schedule"]) == (1e-3, "constant")
+    assert not paper["augmentation"]["enabled"]
+    # It measures the same: only data, net and training are the paper's.
+    for section in ("evaluation", "paper_protocol", "report", "baselines", "leakage"):
+        assert paper[section] == base[section]
+
+
+def test_published_figures_agree_with_each_other():
+    # F1 = 2 IoU / (1 + IoU) holds for T2 SPACE; a slip of the pen in the table would break it.
+    published = configuration()["parameters"]["report"]["published"]
+    rows = published["paper"]["rows"]
+    assert len(rows) == 12 and len(published["baselines"]) == 13
+    for row in rows:
+        if row["data"] == "T2 SPACE":
+            assert row["f1"] == pytest.approx(2 * row["iou"] / (1 + row["iou"]), abs=1e-4), row
+        assert 0 < row["asd"] < 0.06 and 0.98 < row["nsd"] < 1
 
 
 @pytest.mark.parametrize("command", ["registry list", "catalog resolve-patterns", "catalog describe-datasets"])

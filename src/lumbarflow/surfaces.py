@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 from surface_distance import lookup_tables
 
 # Share of the grid's corners that lie on a surface from which on a distance transform is the faster way.
-DENSE = 1 / 8
+DENSE = 1 / 12
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow import models
-from lumbarflow.files import code_digest, read_json, value_digest
+from lumbarflow.files import code_digest, value_digest
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.metrics import MEAN_FOREGROUND
 from lumbarflow.model_input import ModelInput
@@ -75,15 +75,6 @@ def training_work(
 def model_input_of(run: Mapping[str, Any], prepared: SeriesStore) -> ModelInput:
     """The model input of a run: its own manifest over the arrays that all runs share."""
     return ModelInput(prepared.root.parent, run["manifest"])
-
-
-def histories(plan: Mapping[str, Mapping[str, Any]], trained: SeriesStore) -> pd.DataFrame:
-    """The training history of every run, one below the other: run, then the columns of the history."""
-    tables = [
-        pd.DataFrame(read_json(trained.path(run["entry"], HISTORY))).assign(run=name) for name, run in plan.items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["run", *(column for column in table if column != "run")]]
 
 
 def leakage_table(by_class: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

@@ -160,9 +160,9 @@ def _nearest_mm(on_surface: np.ndarray, on_other: np.ndarray, spacing: tuple[flo
     if not on_other.any():
         return np.full(np.count_nonzero(on_surface), np.inf)
     apart = on_surface & ~on_other
-    elements, others = np.argwhere(apart), np.argwhere(on_other)
-    if len(elements) + len(others) > DENSE * on_other.size:
+    if np.count_nonzero(apart) + np.count_nonzero(on_other) > DENSE * on_other.size:
         return ndimage.distance_transform_edt(~on_other, sampling=spacing)[on_surface]
+    elements, others = np.argwhere(apart), np.argwhere(on_other)
     # Balancing the tree takes longer than it saves on a grid, where many coordinates are equal.
     tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)
     _, nearest = tree.query(elements * spacing)

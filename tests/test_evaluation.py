@@ -1,0 +1,178 @@
+"""From stores of references and predictions to tables, with nets whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lumbarflow.cohort import Scan, ingest_scan
+from lumbarflow.evaluation import Case, evaluate_cases, predicted_cases, prediction_work, read_case
+from lumbarflow.imaging import LabelMap
+from lumbarflow.labels import LabelTable
+from lumbarflow.model_input import ModelInput
+from lumbarflow.store import SeriesStore, Work
+
+SETTINGS = {
+    "batch_size": 2,
+    "metrics": {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 0.0},
+    "intervals": {"samples": 50, "level": 0.95, "seed": 0},
+}
+TABLE = LabelTable({"vertebrae": [1], "canal": [100], "IVD": [201]})
+TOLERANCES = {"spacing_mm": 1e-3, "origin_mm": 1e-2, "direction": 1e-4}
+
+
+class GreyIsClass:
+    """Sees the classes in the grey values: 0, 1, 2 or 3 standard steps above the darkest."""
+
+    def __init__(self):
+        self.slices = 0
+
+    def predict(self, net_input, batch_size, verbose):
+        self.slices += len(net_input)
+        grey = net_input[..., 0]
+        nearest = np.abs(grey[..., None] - np.linspace(grey.min(), grey.max(), 4)).argmin(axis=-1)
+        return np.eye(4, dtype=np.float32)[nearest] * 0.7 + 0.075
+
+
+def ids_of(shape):
+    """All classes in every sagittal slice (the second array axis of `make_volume`'s oblique direction is not known)."""
+    ids = np.zeros(shape, np.uint8)
+    ids[1:3, 1:3, 1:3], ids[1:3, 4:6, 1:3], ids[4:6, 1:5, 4:6] = 1, 100, 201
+    return ids
+
+
+@pytest.fixture
+def series(tmp_path, make_volume) -> SeriesStore:
+    """Two ingested series of two patients, stored obliquely; the image's grey values tell the class."""
+    store = SeriesStore(tmp_path / "series")
+    work = {}
+    for name, shape in (("1_t1", (7, 8, 6)), ("2_t1", (8, 7, 9))):
+        ids = ids_of(shape)
+        mask = make_volume(shape, kind=LabelMap, dtype=np.uint8, values=ids)
+        image = make_volume(shape, values=TABLE.classes(ids).astype(np.int16) * 100)
+        scan = Scan(name, name[0], "t1", f"{name}.mha", f"{name}.mha", None)
+        work[name] = Work(
+            name,
+            lambda scan=scan, image=image, mask=mask: ingest_scan(
+                scan, lambda: image, lambda: mask, TABLE, TOLERANCES, (0, 100)
+            ),
+        )
+    store.update(work)
+    return store
+
+
+def model_input(series, tested=None) -> ModelInput:
+    chosen = {name: tested or list(range(series.record(name)["n_slices"])) for name in series.series()}
+    preprocess = {"size": [64, 64], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100]}
+    manifest = {"size": [64, 64], "settings": {"preprocess": preprocess}, "sides": {"test": chosen}}
+    return ModelInput(series.root.parent, manifest)
+
+
+def predict(series, tmp_path, tested=None):
+    net, loads = GreyIsClass(), []
+    data = model_input(series, tested)
+    predictions = SeriesStore(tmp_path / "predictions")
+
+    def load():
+        loads.append(1)
+        return net
+
+    def update():
+        return predictions.update(prediction_work(load, "weights", data, series, SETTINGS["batch_size"]))
+
+    return data, predictions, update, net, loads
+
+
+def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_path):
+    data, predictions, update, net, loads = predict(series, tmp_path)
+    assert update().made == ["1_t1", "2_t1"]
+    assert len(loads) == 1, "one net serves all series"
+    slices = net.slices
+    for name in series.series():
+        case = read_case(series, predictions, name)
+        np.testing.assert_array_equal(case.reference, series.label_map(name, "labels.mha").array)
+        # 64 x 64 for 9 x 8 pixels or fewer: all but borders is as it was.
+        agreement = (case.prediction == case.reference).mean()
+        assert agreement > 0.8
+        stored = predictions.label_map(name, "labels.mha")
+        geometry = series.record(name)["geometry"]
+        assert list(stored.spacing_mm) == geometry["spacing_mm"]
+        np.testing.assert_array_equal(stored.direction, geometry["direction"])
+        # y sums to the pixels of the reference's class, p to the image's pixels over all classes.
+        overlap = predictions.array(name, "soft_overlap.npy")
+        counts = np.array(series.record(name)["class_counts"])
+        np.testing.assert_array_equal(overlap[..., 2], counts)
+        np.testing.assert_allclose(overlap[..., 1].sum(axis=1), counts.sum(axis=1), rtol=1e-5)
+    assert update().made == []
+    assert (net.slices, len(loads)) == (slices, 1)
+    again = prediction_work(lambda: net, "other weights", data, series, SETTINGS["batch_size"])
+    assert predictions.update(again).made == ["1_t1", "2_t1"]
+
+
+def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path):
+    data, predictions, update, *_ = predict(series, tmp_path, tested=[2, 4])
+    update()
+    cases = list(predicted_cases(data.manifest, series, predictions))
+    assert [(case.series, case.patient, case.tested.tolist()) for case in cases] == [
+        ("1_t1", "1", [2, 4]),
+        ("2_t1", "2", [2, 4]),
+    ]
+    column, row, slice_spacing = series.label_map("1_t1", "labels.mha").spacing_mm
+    assert cases[0].spacing_mm == (slice_spacing, row, column)
+    assert len({round(length, 3) for length in cases[0].spacing_mm}) == 3
+    whole = read_case(series, predictions, "1_t1")
+    assert whole.tested.tolist() == list(range(len(whole.reference)))
+
+
+def case(name, patient, reference, prediction, **more) -> Case:
+    return Case(name, patient, reference, prediction, (4.0, 0.5, 0.8), np.arange(len(reference)), **more)
+
+
+def blocks() -> tuple[np.ndarray, np.ndarray]:
+    reference = np.zeros((2, 10, 8), np.uint8)
+    reference[:, 1:5, 1:4], reference[:, 1:5, 5:7], reference[:, 6:9, 1:4] = 1, 2, 3
+    worse = reference.copy()
+    worse[:, 1:3, 1:4] = 0  # half of the vertebra
+    return reference, worse
+
+
+def test_tables_of_two_patients_by_hand():
+    reference, worse = blocks()
+    evaluated = evaluate_cases(
+        iter([case("a_t1", "a", reference, reference), case("b_t1", "b", reference, worse)]), SETTINGS
+    )
+    by_case = evaluated.by_case.set_index(["series", "class"])
+    assert by_case.loc[("a_t1", "vertebrae"), "dice"] == 1
+    # 12 of 24 voxels found in each of 2 slices: 2 * 12 / (24 + 12)
+    assert by_case.loc[("b_t1", "vertebrae"), "dice"] == pytest.approx(2 / 3)
+    assert by_case.loc[("b_t1", "vertebrae"), "volume_error_ml"] == pytest.approx(-12 * 4.0 * 0.5 * 0.8 / 1000)
+    by_class = evaluated.by_class.set_index(["scope", "class"])
+    assert by_class.loc[("case mean", "vertebrae"), "dice"] == pytest.approx(5 / 6)
+    assert by_class.loc[("pooled", "vertebrae"), "dice"] == pytest.approx(2 * 36 / (48 + 36))
+    assert evaluated.confusion[1].tolist() == [12, 36, 0, 0]
+    assert len(evaluated.by_slice) == 2 * 2 * 4
+    intervals = evaluated.intervals.set_index(["scope", "class", "metric"])
+    # Whoever is drawn, the mean lies between the two patients' figures, and both are reached.
+    row = intervals.loc[("case mean", "vertebrae", "dice")]
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((5 / 6, 2 / 3, 1))
+    assert (row["n_patients"], row["n_cases"]) == (2, 2)
+    assert intervals.loc[("pooled", "mean foreground", "dice"), "value"] == pytest.approx((6 / 7 + 2) / 3)
+    assert np.isnan(intervals.loc[("case mean", "vertebrae", "soft_dice"), "value"]), "no probabilities were given"
+
+
+def test_the_ceiling_is_a_scope_of_its_own():
+    reference, _ = blocks()
+    ceiling = np.diag([100, 40, 16, 8])
+    ceiling[1, 0] = 8
+    evaluated = evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS, ceiling)
+    row = evaluated.by_class.set_index(["scope", "class"]).loc[("ceiling", "vertebrae")]
+    assert row["dice"] == pytest.approx(80 / 88)
+
+
+def test_a_misspelt_setting_is_an_error():
+    reference, _ = blocks()
+    with pytest.raises(ValueError, match="unknown setting evaluation.batch"):
+        evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | {"batch": 1})
+    with pytest.raises(ValueError, match="unknown setting evaluation.intervals.sample"):
+        options = {"intervals": {"sample": 3, "level": 0.9, "seed": 0}}
+        evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | options)

@@ -83,7 +83,13 @@ def test_baselines_stand_with_what_they_cost(trained):
     table = comparison.baselines_table(PLAN, trained, figures, limits)
     assert table["class"].tolist() == ["vertebrae", "canal", "IVD", "mean foreground"]
     row = table.iloc[0]
-    assert (row["model"], row["parameters"], row["epochs"], row["best_epoch"], row["minutes"]) == ("U-Net", 7, 2, 1, 1.5)
+    assert (row["model"], row["parameters"], row["epochs"], row["best_epoch"], row["minutes"]) == (
+        "U-Net",
+        7,
+        2,
+        1,
+        1.5,
+    )
     assert (row["dice"], row["dice_low"], row["dice_high"]) == (0.9, 0.85, 0.93)
     assert row["asd_mm"] == pytest.approx(0.98), "the mean over cases"
 

@@ -14,7 +14,15 @@ MANIFEST = {
     "size": [4, 6],
     "series": {"10_t2": {"n_slices": 3}, "2_t1": {"n_slices": 2}},
     "sides": {"train": {"2_t1": [1, 0], "10_t2": [2, 0]}, "validation": {"10_t2": [1]}, "test": {}},
-    "settings": {"preprocess": {"size": [4, 6], "keep_aspect": False, "normalisation": "z_score", "percentiles": [1, 99], "other": 5}},
+    "settings": {
+        "preprocess": {
+            "size": [4, 6],
+            "keep_aspect": False,
+            "normalisation": "z_score",
+            "percentiles": [1, 99],
+            "other": 5,
+        }
+    },
 }
 
 

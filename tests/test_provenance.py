@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
-from lumbarflow.provenance import check_evaluation, check_training
+from lumbarflow.provenance import check_evaluation, check_training, mark_table, unmarked_if_of
 
 MANIFEST = {"content_hash": "abcdef0123"}
 
@@ -28,3 +29,14 @@ def test_a_net_that_is_not_the_recorded_one_is_not_evaluated():
 def test_figures_of_another_net_or_other_data_are_not_registered(summary):
     with pytest.raises(ValueError, match=r"figures are of another model or other model input"):
         check_evaluation(summary, "w", MANIFEST)
+
+
+def test_a_table_of_other_data_is_known_by_its_marks():
+    table = pd.DataFrame({"class": ["canal", "IVD"], "dice": [0.9, 0.8]})
+    marked = mark_table(table, data_hash="d", split_hash="s")
+    pd.testing.assert_frame_equal(unmarked_if_of(marked, {"data_hash": "d", "split_hash": "s"}), table)
+    assert unmarked_if_of(marked, {"data_hash": "other", "split_hash": "s"}) is None
+    assert unmarked_if_of(marked, {"data_hash": "d", "split_hash": "other"}) is None
+    # A table need not carry all marks, and one that nobody has made yet is none of other data.
+    assert unmarked_if_of(mark_table(table, data_hash="d"), {"data_hash": "d", "split_hash": "x"}) is not None
+    assert unmarked_if_of(pd.DataFrame(), {"data_hash": "d"}).empty

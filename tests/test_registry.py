@@ -28,7 +28,13 @@ from lumbarflow.files import value_digest
 from lumbarflow.inference import Segmenter
 from lumbarflow.registry import ModelFacts, decide_promotion
 
-SETTINGS = {"size": [16, 12], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0.5, 99.5], "batch_size": 2}
+SETTINGS = {
+    "size": [16, 12],
+    "keep_aspect": True,
+    "normalisation": "z_score",
+    "percentiles": [0.5, 99.5],
+    "batch_size": 2,
+}
 SPACING = [1.0, 0.5]
 CANDIDATE = ModelFacts(
     name="lumbar-unet",

@@ -58,9 +58,7 @@ class Segmenter:
 
         Arguments as for `probabilities`; memory stays that of one batch.
         """
-        decided = [
-            batch.argmax(axis=-1).astype(np.uint8) for batch in self.batches(slices, pixel_spacing_mm)
-        ]
+        decided = [batch.argmax(axis=-1).astype(np.uint8) for batch in self.batches(slices, pixel_spacing_mm)]
         return np.concatenate(decided)
 
     def segment(self, volume: Volume) -> LabelMap:

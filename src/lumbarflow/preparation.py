@@ -11,7 +11,7 @@ import pandas as pd
 from lumbarflow.files import array_digest, value_digest
 from lumbarflow.imaging import LabelMap, Volume
 from lumbarflow.intensity import normalisation_of
-from lumbarflow.labels import CLASSES, class_counts
+from lumbarflow.labels import CLASSES, LabelTable, class_counts
 from lumbarflow.metrics import confusion_matrix
 from lumbarflow.model_input import FORMAT_VERSION, IMAGES, LABELS, SIDES
 from lumbarflow.resampling import InPlaneGrid
@@ -56,6 +56,23 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
     return {IMAGES: images, LABELS: resampled, "record.json": record}
 
 
+def label_settings(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `labels` of the parameters, its table written out."""
+    return {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()}
+
+
+def data_hash(series_index: pd.DataFrame, labels: Mapping[str, Any]) -> str:
+    """Digest of the accepted scans and the meaning of their labels, not of the preprocessing: two models that look at
+    the same patients through different input sizes can be compared.
+
+    Args:
+        series_index: `series`, `image_digest`, `mask_digest`.
+        labels: see `label_settings`.
+    """
+    digests = {row.series: [row.image_digest, row.mask_digest] for row in series_index.itertuples()}
+    return value_digest({"labels": labels, "series": digests})
+
+
 def build_manifest(
     series_index: pd.DataFrame,
     slice_index: pd.DataFrame,
@@ -86,14 +103,7 @@ def build_manifest(
         "data_kind": "synthetic" if synthetic.all() else "mixed" if synthetic.any() else "real",
         "leaky": settings["split"]["method"] == "slice",
         "split_method": settings["split"]["method"],
-        # Of the scans and the meaning of their labels, not of the preprocessing: two models that look at the same
-        # patients through different input sizes can be compared.
-        "data_hash": value_digest(
-            {
-                "labels": settings["labels"],
-                "series": {row.series: [row.image_digest, row.mask_digest] for row in series_index.itertuples()},
-            }
-        ),
+        "data_hash": data_hash(series_index, settings["labels"]),
         # Before filtering, since a filter for training slices does not change who is tested.
         "split_hash": value_digest(sorted([row.series, int(row.slice), row.side] for row in slice_index.itertuples())),
         "settings": dict(settings),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from lumbarflow.inference import weights_digest
+
+# What of a manifest a table can carry to say what it was made from.
+HASHES = ("data_hash", "split_hash")
 
 
 def describe_training(result: Any, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +30,24 @@ def describe_training(result: Any, manifest: Mapping[str, Any]) -> dict[str, Any
         "stopped_by": result.stopped_by,
         "hardware": result.hardware,
     }
+
+
+def mark_table(table: pd.DataFrame, **hashes: str) -> pd.DataFrame:
+    """The table with what it was made from: a column for each of some HASHES, the same in all rows."""
+    return table.assign(**hashes)
+
+
+def unmarked_if_of(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame | None:
+    """A table without its marks if they are the manifest's; None if it was made from other data.
+
+    Args:
+        table: of `mark_table`, or an empty one, which is returned as it is.
+        manifest: of the model input at hand.
+    """
+    marks = [name for name in HASHES if name in table]
+    if not all((table[name] == manifest[name]).all() for name in marks):
+        return None
+    return table.drop(columns=marks)
 
 
 def check_training(record: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:

@@ -844,7 +844,7 @@ def leakage_section(table: pd.DataFrame | None, command: str = "kedro run --pipe
 
 
 def baselines_section(
-    table: pd.DataFrame | None, tests: pd.DataFrame | None = None, command: str = "kedro run --pipeline=baselines"
+    table: pd.DataFrame | None, tests: pd.DataFrame | None, command: str = "kedro run --pipeline=baselines"
 ) -> Section:
     """Our own baselines under one budget, and the paired tests between them (see `statistics.paired_wilcoxon`)."""
     text = "Nets and the atlas that were trained under one budget, on the same split, and scored in the same way."
@@ -857,7 +857,7 @@ def baselines_section(
 
 def external_section(table: pd.DataFrame | None, command: str = "kedro run --pipeline=evaluate_external") -> Section:
     """Masks that another program made of the test series."""
-    text = "Masks of other programs, scored by the same metrics on the same test series. They have no soft Dice."
+    text = "Masks of another program, scored in the same way on the series it has masks of. They have no soft Dice."
     return _optional("External predictions", text, command, {"External predictions, by class.": table})
 
 
@@ -871,7 +871,10 @@ def apta_section(table: pd.DataFrame | None, command: str = "kedro run --pipelin
 
 
 def _optional(title: str, text: str, command: str, tables: Mapping[str, pd.DataFrame | None]) -> Section:
-    present = {caption: table for caption, table in tables.items() if table is not None and len(table)}
+    """A section of tables that another pipeline makes: empty before it has run, None if they are of other data."""
+    if any(table is None for table in tables.values()):
+        return Section(title, [Text(f"Left out: what is there was made from other data. `{command}` makes it anew.")])
+    present = {caption: table for caption, table in tables.items() if len(table)}
     if not present:
         return Section(title, [Text(f"Not part of this run. `{command}` makes it.")])
     return Section(title, [Text(text), *(Table(table, caption, _PROBABILITIES) for caption, table in present.items())])

@@ -1,4 +1,4 @@
-"""The pipelines beside the main job: leakage, baselines, other tools' masks, the audit of labels, the paper, the report."""
+"""Pipelines beside the main job: leakage, baselines, other tools, the audit of labels, the paper, the report."""
 
 from __future__ import annotations
 
@@ -158,7 +158,9 @@ def test_the_audit_compares_the_papers_labels_with_the_direct_map(kedro_run, raw
     # Grey 127 of id 100 beside id 201 is canal, 255 disc, 1 vertebra: only neighbourhoods change anything.
     summary = catalog.load("apta_audit_summary").set_index("class")
     assert summary.loc["canal", "direct_pixels"] == 5 * 4 * 18
-    np.testing.assert_array_equal(summary["apta_pixels"] - summary["direct_pixels"], summary["gained"] - summary["lost"])
+    np.testing.assert_array_equal(
+        summary["apta_pixels"] - summary["direct_pixels"], summary["gained"] - summary["lost"]
+    )
     ingested = kedro_run("ingest", raw_dir=str(raw), labels={"method": "apta"}).load("ingested_series")
     counted = sum(np.array(record["class_counts"]).sum(axis=0) for record in ingested.records().values())
     assert counted.tolist() == summary["apta_pixels"].tolist()

@@ -12,7 +12,9 @@ from lumbarflow.apta import apta, audit, summarise_audit
 from lumbarflow.cohort import sagittal_ids
 from lumbarflow.imaging import LabelMap
 from lumbarflow.labels import LabelTable
+from lumbarflow.preparation import data_hash, label_settings
 from lumbarflow.progress import track
+from lumbarflow.provenance import mark_table
 from lumbarflow.store import SeriesStore
 
 logger = logging.getLogger(__name__)
@@ -33,4 +35,5 @@ def audit_apta(
             "%s: Dice of APTA against the direct map %.4f, vanished from %d of %d slices",
             *(row[1], row.dice, row.vanished_slices, row.slices),
         )
+    summary = mark_table(summary, data_hash=data_hash(series_index, label_settings(labels)))
     return slices, summary, summary

@@ -10,6 +10,7 @@ import pandas as pd
 from lumbarflow import comparison, models, statistics
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
+from lumbarflow.provenance import HASHES, mark_table
 from lumbarflow.store import SeriesStore
 
 logger = logging.getLogger(__name__)
@@ -60,5 +61,8 @@ def compare_models(
     for name in plan:
         row = table[(table["run"] == name) & (table["class"] == comparison.MEAN_FOREGROUND)].iloc[0]
         logger.info("%s: mean foreground Dice %.4f (pooled)", models.find(name).title, row["dice"])
+    manifest = plan[settings["reference"]]["manifest"]
+    hashes = {name: manifest[name] for name in HASHES}
     tests["p_holm"] = statistics.holm(tests["p"])  # over all tests of the table, not of each figure
+    table, tests = mark_table(table, **hashes), mark_table(tests, **hashes)
     return table, table, tests, tests

@@ -16,6 +16,8 @@ from lumbarflow.imaging import LabelMap, split_volume_name
 from lumbarflow.labels import LabelTable
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.preprocess.nodes import split_series
+from lumbarflow.preparation import data_hash, label_settings
+from lumbarflow.provenance import mark_table
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ def score_external(
     predictions: SeriesStore,
     series: SeriesStore,
     report: pd.DataFrame,
+    series_index: pd.DataFrame,
+    labels: dict[str, Any],
     evaluation_settings: dict[str, Any],
     settings: dict[str, Any],
 ) -> tuple[pd.DataFrame, ...]:
@@ -108,4 +112,6 @@ def score_external(
         table.insert(0, "tool", settings["name"])
     for row in evaluated.by_class[evaluated.by_class["scope"] == "pooled"].itertuples():
         logger.info("%s, %s: Dice %.4f (pooled)", settings["name"], row[2], row.dice)
-    return (tables[0], *(table for table in tables[1:] for _ in range(2)))
+    of = data_hash(series_index, label_settings(labels))
+    by_slice, *others = (mark_table(table, data_hash=of) for table in tables)
+    return (by_slice, *(table for table in others for _ in range(2)))

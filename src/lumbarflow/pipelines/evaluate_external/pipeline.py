@@ -36,6 +36,8 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "external_series",
                     "ingested_series",
                     "external_report",
+                    "series_index",
+                    "params:labels",
                     "params:evaluation",
                     "params:external",
                 ],

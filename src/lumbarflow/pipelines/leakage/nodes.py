@@ -10,6 +10,7 @@ import pandas as pd
 from lumbarflow import comparison
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.preprocess.nodes import index_slices, manifest_of, split_series
+from lumbarflow.provenance import mark_table
 from lumbarflow.store import SeriesStore
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ def plan_leakage(
     return plan
 
 
-def compare_splits(by_class: pd.DataFrame, settings: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_splits(
+    plan: dict[str, dict[str, Any]], by_class: pd.DataFrame, settings: dict[str, Any]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The difference per class (twice: for machines and for people)."""
     table = comparison.leakage_table(by_class, settings["metrics"])
     pooled = table[(table["scope"] == "pooled") & (table["metric"] == settings["metrics"][0])]
@@ -53,4 +56,5 @@ def compare_splits(by_class: pd.DataFrame, settings: dict[str, Any]) -> tuple[pd
             "%s: pooled %s %.4f when split by slice, %.4f by patient: the leak adds %+.4f",
             row[2], row.metric, row.slice_split, row.patient_split, row.difference,
         )  # fmt: skip
+    table = mark_table(table, data_hash=plan["patient"]["manifest"]["data_hash"])
     return table, table

@@ -55,7 +55,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 compare_splits,
-                inputs=["leakage_by_class", "params:leakage"],
+                inputs=["leakage_plan", "leakage_by_class", "params:leakage"],
                 outputs=["leakage_table", "leakage_table_csv"],
                 name="compare_splits",
             ),

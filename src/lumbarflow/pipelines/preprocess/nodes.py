@@ -11,7 +11,6 @@ import pandas as pd
 
 from lumbarflow import intensity, metrics, preparation, resampling, selection, split, tracking
 from lumbarflow.files import source_digest, value_digest
-from lumbarflow.labels import LabelTable
 from lumbarflow.model_input import SIDES
 from lumbarflow.parameters import check_names
 from lumbarflow.store import SeriesStore, Work
@@ -101,6 +100,6 @@ def manifest_of(
         "preprocess": preprocess,
         "split": split_settings,
         "filter": filter_settings,
-        "labels": {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()},
+        "labels": preparation.label_settings(labels),
     }
     return preparation.build_manifest(series_index, slice_index, prepared.records(), settings)

@@ -12,7 +12,7 @@ from lumbarflow.figures import png
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.evaluate.nodes import choose_overlays
-from lumbarflow.provenance import check_evaluation
+from lumbarflow.provenance import check_evaluation, unmarked_if_of
 from lumbarflow.store import SeriesStore
 
 
@@ -73,6 +73,9 @@ def write_report(
     """The report as HTML and as Markdown; what optional pipelines make is in it once they have run."""
     check_evaluation(summary, training_record["weights"], model_input.manifest)
     manifest = model_input.manifest
+    leakage, baselines, baseline_tests, external, apta_audit = (
+        unmarked_if_of(table, manifest) for table in (leakage, baselines, baseline_tests, external, apta_audit)
+    )
     overlays, chosen = choose_overlays(predictions, series, by_case, model_input)
     curves, cases, compared = draw_report_figures(history, by_case, comparison)
     title = "lumbarflow: segmentation of the lumbar spine on MRI"

@@ -256,6 +256,13 @@ def test_swapped_sides_swap_what_has_a_side_and_leave_the_rest(reference, predic
     np.testing.assert_allclose(case["volume_error_ml"], -swapped["volume_error_ml"])
 
 
+def test_hd95_of_a_case_is_exact_and_the_pooled_one_to_half_a_bin():
+    reference, prediction = volume(v=((0, 2), (1, 2), (1, 2))), volume(v=((0, 2), (1, 2), (2, 3)))
+    scores = score_case(reference, prediction, (3.0, 1.0, 0.12345))
+    assert row(scores.by_case, class_="vertebrae")["hd95_mm"] == 0.12345
+    assert row(scores.pooled.table(), class_="vertebrae")["hd95_mm"] == pytest.approx(0.12)
+
+
 def test_tolerances_are_columns():
     assert nsd_columns([0.5, 1.0, 2]) == ["nsd_0.5mm", "nsd_1mm", "nsd_2mm"]
     reference, prediction = volume(v=((0, 2), (1, 2), (1, 2))), volume(v=((0, 2), (1, 2), (2, 3)))
@@ -277,8 +284,8 @@ def test_tolerances_are_columns():
         ("   ", "aa ", (0, 1, 0)),
         ("aa ", "   ", (1, 0, 0)),
         ("   ", "   ", (0, 0, 0)),
-        # a overlaps both A (5 / 9) and B (1 / 10), b only A (1 / 10): the best pair aA would leave b without one.
-        ("aaaaaa bbbbb", "B AAAAAAAA  ", (2, 2, 2)),
+        # a meets A (8 of 13) and B (1 of 10), b only A (2 of 11): the best pair, aA, would leave b and B alone.
+        ("aaaaaaaaaa bb", "B AAAAAAAAAAA", (2, 2, 2)),
     ],
 )
 def test_detection_by_hand(reference, prediction, found):

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from lumbarflow.figures import (
+    MISSED,
     Overlay,
     case_distribution,
     colour_labels,
@@ -29,7 +30,7 @@ def test_labels_take_the_palettes_colours_and_background_is_clear():
         np.testing.assert_allclose(colours[place], [*to_rgb(PALETTE[name]), 0.5])
 
 
-def test_overlays_show_each_case_in_its_aspect_with_what_was_missed_in_white():
+def test_overlays_show_each_case_in_its_aspect_with_what_was_missed_in_green():
     reference, prediction = np.zeros((6, 8), np.uint8), np.zeros((6, 8), np.uint8)
     reference[1, 1], prediction[2, 2] = 1, 3
     overlay = Overlay("worst: x", np.arange(48.0).reshape(6, 8), reference, prediction, (2.0, 1.0))
@@ -39,7 +40,7 @@ def test_overlays_show_each_case_in_its_aspect_with_what_was_missed_in_white():
     assert rows[0].get_title("left").startswith("worst: x")
     assert all(axis.get_aspect() == 2.0 for axis in rows)
     errors = rows[3].images[1].get_array()
-    assert errors[1, 1].tolist() == [1, 1, 1, 0.9]
+    np.testing.assert_allclose(errors[1, 1], [*to_rgb(MISSED), 0.9])
     np.testing.assert_allclose(errors[2, 2], [*to_rgb(PALETTE["IVD"]), 0.9])
     assert errors[0, 0, 3] == 0
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(CLASSES[1:])

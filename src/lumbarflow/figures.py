@@ -38,6 +38,10 @@ class Overlay:
     pixel_spacing_mm: tuple[float, float]
 
 
+# Foreground of the reference that the prediction left out: Okabe and Ito's green, seen on bright fluid and dark bone.
+MISSED = "#009E73"
+
+
 def colour_labels(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
     """uint8 classes (rows, columns) -> float RGBA (rows, columns, 4); background is clear."""
     from matplotlib.colors import to_rgba
@@ -49,6 +53,7 @@ def colour_labels(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
 
 def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
     """One row per overlay: the image, the reference on it, the prediction on it, and where the two differ."""
+    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -63,7 +68,7 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
             "image": None,
             "reference": colour_labels(overlay.reference),
             "prediction": colour_labels(overlay.prediction),
-            "differs (white: missed)": colour_labels(errors, 0.9) + missed[..., None] * np.array([1, 1, 1, 0.9]),
+            "differs (green: missed)": colour_labels(errors, 0.9) + missed[..., None] * np.array(to_rgba(MISSED, 0.9)),
         }
         for axis, (name, layer) in zip(row, layers.items(), strict=True):
             axis.imshow(overlay.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)

@@ -788,7 +788,7 @@ def overlays_section(chosen: pd.DataFrame, png: bytes) -> Section:
         [
             Text(
                 "Ranked by the case's mean foreground Dice; of each, the tested slice with the most foreground. The "
-                "last column maps the errors: what was predicted wrongly in its colour, what was missed in white."
+                "last column maps the errors: what was predicted wrongly in its colour, what was missed in green."
             ),
             Picture(
                 png,

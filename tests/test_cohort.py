@@ -320,7 +320,7 @@ def test_an_image_without_contrast_between_the_percentiles_is_rejected(make_pair
     assert "constant (0) between percentiles 10 and 90" in record["found"]
 
 
-# --- classes by the paper's way -----------------------------------------------------------------------------------------
+# --- classes by the paper's way ---------------------------------------------------------------------------------------
 
 
 def test_apta_makes_the_classes_if_it_is_asked_for(make_pair):
@@ -332,7 +332,7 @@ def test_apta_makes_the_classes_if_it_is_asked_for(make_pair):
     assert by_apta["labels.mha"].spacing_mm == direct["labels.mha"].spacing_mm
 
 
-# --- other tools' masks -------------------------------------------------------------------------------------------------
+# --- other tools' masks -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

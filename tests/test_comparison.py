@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -51,22 +52,30 @@ def by_class(**dice) -> pd.DataFrame:
         for scope, shift in (("pooled", 0.0), ("slice mean", -0.01), ("case mean", -0.02)):
             for name in ("background", "vertebrae", "canal", "IVD", "mean foreground"):
                 figures = {"dice": value + shift, "asd_mm": 1 + shift, "nsd_1mm": 0.9, "hd95_mm": 3.0}
+                figures |= {"n_slices": 40, "n_cases": 6, "n_surface": 5, "n_nsd": 6, "n_missing_prediction": 1}
                 rows.append({"run": run, "scope": scope, "class": name} | figures)
     return pd.DataFrame(rows)
 
 
 def test_the_leak_is_slice_minus_patient():
-    table = comparison.leakage_table(by_class(slice=0.95, patient=0.92), ["dice"])
+    figures = by_class(slice=0.95, patient=0.92)
+    limits = figures[["run", "scope", "class"]].assign(metric="dice", low=figures["dice"] - 0.1, high=0.99)
+    table = comparison.leakage_table(figures, limits[limits["scope"] == "pooled"], ["dice"])
     assert len(table) == 2 * 4  # scopes, foreground classes and their mean
     row = table[(table["scope"] == "slice mean") & (table["class"] == "IVD")].iloc[0]
     assert (row["slice_split"], row["patient_split"], row["difference"]) == pytest.approx((0.94, 0.91, 0.03))
+    assert np.isnan(row["slice_low"]), "no interval was given for means over slices"
+    row = table[(table["scope"] == "pooled") & (table["class"] == "IVD")].iloc[0]
+    limits = row[["slice_low", "slice_high", "patient_low", "patient_high"]].tolist()
+    assert limits == pytest.approx([0.85, 0.99, 0.82, 0.99])
+    assert (row["slice_n"], row["patient_n"]) == (40, 40)
     assert "background" not in set(table["class"])
 
 
 @pytest.fixture
 def trained(tmp_path) -> SeriesStore:
     store = SeriesStore(tmp_path / "runs")
-    record = {"parameters": 7, "epochs": 2, "best_epoch": 1, "seconds": 90.0}
+    record = {"parameters": 7, "epochs": 2, "best_epoch": 1, "seconds": 90.0, "hardware": {"precision": "float32"}}
     history = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
     store.update({"plain_unet-1": Work("k", lambda: {"history.json": history, "record.json": record})})
     return store
@@ -92,6 +101,8 @@ def test_baselines_stand_with_what_they_cost(trained):
     )
     assert (row["dice"], row["dice_low"], row["dice_high"]) == (0.9, 0.85, 0.93)
     assert row["asd_mm"] == pytest.approx(0.98), "the mean over cases"
+    counts = row[["n_cases", "n_surface", "n_nsd", "n_missing_prediction"]].tolist()
+    assert (counts, row["precision"]) == ([6, 5, 6, 1], "float32")
 
 
 def test_predictions_of_runs_do_not_mix():

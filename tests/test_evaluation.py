@@ -9,6 +9,7 @@ from lumbarflow.cohort import Scan, ingest_scan
 from lumbarflow.evaluation import Case, evaluate_cases, predicted_cases, prediction_work, read_case
 from lumbarflow.imaging import LabelMap
 from lumbarflow.labels import LabelTable
+from lumbarflow.metrics import class_scores, confusion_matrix
 from lumbarflow.model_input import ModelInput
 from lumbarflow.store import SeriesStore, Work
 
@@ -78,7 +79,7 @@ def predict(series, tmp_path, tested=None):
         return net
 
     def update():
-        return predictions.update(prediction_work(load, "weights", data, series, SETTINGS["batch_size"]))
+        return predictions.update(prediction_work(load, "weights", "network", data, series, SETTINGS["batch_size"]))
 
     return data, predictions, update, net, loads
 
@@ -91,10 +92,12 @@ def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_pa
     for name in series.series():
         case = read_case(series, predictions, name)
         np.testing.assert_array_equal(case.reference, series.label_map(name, "labels.mha").array)
-        # 64 x 64 for 9 x 8 pixels or fewer: all but borders is as it was.
-        agreement = (case.prediction == case.reference).mean()
-        assert agreement > 0.8
+        # 64 x 64 for 9 x 8 pixels or fewer: the structures come back, all but their borders.
+        found = class_scores(confusion_matrix(case.reference, case.prediction))["dice"]
+        assert found.min() > 0.6, found
         stored = predictions.label_map(name, "labels.mha")
+        raw = TABLE.classes(ids_of(stored.array.shape))
+        assert class_scores(confusion_matrix(raw, stored.array))["dice"] == pytest.approx(found), "the file's own order"
         geometry = series.record(name)["geometry"]
         assert list(stored.spacing_mm) == geometry["spacing_mm"]
         np.testing.assert_array_equal(stored.direction, geometry["direction"])
@@ -105,8 +108,9 @@ def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_pa
         np.testing.assert_allclose(overlap[..., 1].sum(axis=1), counts.sum(axis=1), rtol=1e-5)
     assert update().made == []
     assert (net.slices, len(loads)) == (slices, 1)
-    again = prediction_work(lambda: net, "other weights", data, series, SETTINGS["batch_size"])
-    assert predictions.update(again).made == ["1_t1", "2_t1"]
+    for changed in (("other weights", "network"), ("other weights", "other network")):
+        again = prediction_work(lambda: net, *changed, data, series, SETTINGS["batch_size"])
+        assert predictions.update(again).made == ["1_t1", "2_t1"]
 
 
 def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path):

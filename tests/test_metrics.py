@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -127,6 +127,15 @@ def test_soft_dice_is_of_the_probabilities_and_nan_without_them():
     assert score_case(reference, prediction, SPACING_MM).by_case["soft_dice"].isna().all()
     without = score_case(reference * 0, prediction, SPACING_MM)
     assert without.by_case["soft_dice"].isna().all(), "not 0, which the convention has for probabilities only"
+
+
+def test_pooled_soft_dice_is_of_the_cases_with_probabilities():
+    reference = volume(v=((0, 2), (1, 2), (1, 2)))
+    sure, unsure = (soft_overlap(reference, np.full((*reference.shape, 4), p)) for p in (0.5, 0.25))
+    summands = [score_case(reference, reference, SPACING_MM, soft=soft).pooled for soft in (sure, unsure, None)]
+    # Twice 12 voxels of vertebra among 126, with 0.5 and with 0.25; the third case has no probabilities.
+    expected = 2 * 12 * 0.75 / (126 * 0.75 + 24)
+    assert row(sum(summands[1:], summands[0]).table(), class_="vertebrae")["soft_dice"] == pytest.approx(expected)
 
 
 @given(labels, labels)
@@ -322,8 +331,7 @@ def test_detection_is_the_largest_matching(reference, prediction):
     sides = [[labelled == i for i in range(1, n + 1)] for labelled, n in map(ndimage.label, (reference, prediction))]
     few, many = sorted(sides, key=len)
     possible = [[(one & other).sum() / (one | other).sum() >= 0.1 for other in many] for one in few]
-    if len(many) > 6:
-        return
+    assume(len(many) <= 6)
     largest = max(
         sum(possible[i][j] for i, j in enumerate(order)) for order in permutations(range(len(many)), len(few))
     )
@@ -455,6 +463,14 @@ def test_the_tables_by_hand():
     assert last["dice"] == pytest.approx(pooled["dice"][1:].mean())
     assert last["detection_rate"] == pytest.approx(pooled.loc[[1, 3], "detection_rate"].mean()) == 1
     assert row(by_class, class_="mean foreground", scope="ceiling")["dice"] == 1
+
+
+def test_the_ceiling_has_no_figure_where_the_reference_lacks_a_structure():
+    imagined = {"a_t2": ("a", score_case(volume(), volume(d=((0, 1), (1, 2), (1, 2))), SPACING_MM))}
+    by_class = table_by_class(table_by_slice(imagined), table_by_case(imagined), pooled_of(imagined), np.diag([9] * 4))
+    columns = ["n_undefined", "n_missing_reference", "n_missing_both", "n_overlap"]
+    assert row(by_class, class_="IVD", scope="pooled")[columns].tolist() == [0, 1, 0, 1]
+    assert row(by_class, class_="IVD", scope="ceiling")[columns].tolist() == [1, 0, 1, 0]
 
 
 def test_a_class_that_no_case_has_leaves_the_mean_undefined_rather_than_better():

@@ -86,8 +86,19 @@ def test_a_class_that_one_side_lacks_has_no_distance():
     reference, prediction = np.zeros((2, 1, 3, 4), np.uint8)
     reference[0, 1, 1] = 2
     found = row(paper_scores([(reference, certain(prediction))], SETTINGS), "canal")
-    assert np.isnan(found["asd_pixels"]) and np.isnan(found["nsd"])
-    assert found["dice"] == 0
+    assert np.isnan(found["asd_pixels"])
+    assert (found["nsd"], found["dice"], found["n_surface"], found["n_volumes"]) == (0, 0, 0, 1)
+    nobody = row(paper_scores([(prediction, certain(prediction))], SETTINGS), "canal")
+    assert np.isnan(nobody["nsd"])
+
+
+def test_a_slice_that_misses_a_class_counts_as_too_far_away():
+    reference, prediction = np.zeros((2, 2, 3, 4), np.uint8)
+    reference[:, 1, 1], prediction[0, 1, 1] = 2, 2
+    found = row(paper_scores([(reference, certain(prediction))], SETTINGS | {"stacked": False}), "canal")
+    # Two pixels agree in the first slice, one has nothing to agree with in the second.
+    assert (found["asd_pixels"], found["nsd"]) == (0, pytest.approx(2 / 3))
+    assert (found["n_surface"], found["n_volumes"]) == (1, 2)
 
 
 def test_what_cannot_be_scored_is_an_error():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
-from lumbarflow.preparation import build_manifest, prepare_series
+from lumbarflow.preparation import build_manifest, prepare_series, split_hash
 
 DIRECTION = SAGITTAL_AXES[::-1].T
 SETTINGS = {"size": [16, 32], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100]}
@@ -45,12 +45,15 @@ def test_intensities_are_normalised_over_the_series_and_padded_with_air():
 
 def test_the_ceiling_is_what_the_size_alone_costs():
     image, labels = series()
-    small = np.array(prepare_series(image, labels, SETTINGS)["record.json"]["ceiling"])
+    by_slice = np.array(prepare_series(image, labels, SETTINGS)["record.json"]["ceiling"])
+    assert by_slice.sum(axis=(1, 2)).tolist() == [32 * 40] * 3
+    assert by_slice[0, 3].sum() == 0 and by_slice[1, 3].sum() > 0  # the disc is in the middle slice alone
+    small = by_slice.sum(axis=0)
     same = prepare_series(image, labels, SETTINGS | {"size": [32, 40], "keep_aspect": False})
     assert small.sum() == labels.array.size
     assert np.array_equal(small.sum(axis=1), np.bincount(labels.array.ravel()))
     # At its own size nothing is lost.
-    ceiling = np.array(same["record.json"]["ceiling"])
+    ceiling = np.array(same["record.json"]["ceiling"]).sum(axis=0)
     assert np.array_equal(ceiling, np.diag(np.diag(ceiling)))
 
 
@@ -111,3 +114,13 @@ def test_one_synthetic_series_is_enough_not_to_count_as_real(synthetic, kind):
 def test_the_slice_split_is_marked_leaky():
     assert manifest()["leaky"] is False
     assert manifest(split={"method": "slice"})["leaky"] is True
+
+
+def test_the_split_hash_is_of_the_slices_that_are_scored():
+    index = pd.DataFrame(
+        {"series": "a_t1", "slice": [0, 1, 2], "side": ["train", "test", "test"], "kept": [True, True, True]}
+    )
+    first = split_hash(index)
+    assert split_hash(index.assign(kept=[False, True, True])) == first, "who trains less is tested on the same"
+    assert split_hash(index.assign(kept=[True, True, False])) != first, "fewer slices are scored"
+    assert split_hash(index.assign(side=["train", "test", "validation"])) != first

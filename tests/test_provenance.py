@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lumbarflow.provenance import check_evaluation, check_training, mark_table, unmarked_if_of
+from lumbarflow.provenance import check_cohort, check_evaluation, check_training, mark_table, unmarked_if_of
 
 MANIFEST = {"content_hash": "abcdef0123"}
 
@@ -31,12 +31,22 @@ def test_figures_of_another_net_or_other_data_are_not_registered(summary):
         check_evaluation(summary, "w", MANIFEST)
 
 
+def test_scans_or_a_split_of_something_else_are_not_reported():
+    manifest = {"data_hash": "d1", "split_hash": "s1"}
+    check_cohort("d1", "s1", manifest)
+    with pytest.raises(ValueError, match=r"the scans at hand \(d2\) are not those of the model input \(d1\)"):
+        check_cohort("d2", "s1", manifest)
+    with pytest.raises(ValueError, match=r"the split at hand \(s2\) are not those"):
+        check_cohort("d1", "s2", manifest)
+
+
 def test_a_table_of_other_data_is_known_by_its_marks():
     table = pd.DataFrame({"class": ["canal", "IVD"], "dice": [0.9, 0.8]})
-    marked = mark_table(table, data_hash="d", split_hash="s")
-    pd.testing.assert_frame_equal(unmarked_if_of(marked, {"data_hash": "d", "split_hash": "s"}), table)
-    assert unmarked_if_of(marked, {"data_hash": "other", "split_hash": "s"}) is None
-    assert unmarked_if_of(marked, {"data_hash": "d", "split_hash": "other"}) is None
+    marked = mark_table(table, data_hash="d", content_hash="s")
+    pd.testing.assert_frame_equal(unmarked_if_of(marked, {"data_hash": "d", "content_hash": "s"}), table)
+    assert unmarked_if_of(marked, {"data_hash": "other", "content_hash": "s"}) is None
+    assert unmarked_if_of(marked, {"data_hash": "d", "content_hash": "other"}) is None
+    assert unmarked_if_of(table, {"data_hash": "d", "content_hash": "s"}) is None, "it does not say"
     # A table need not carry all marks, and one that nobody has made yet is none of other data.
-    assert unmarked_if_of(mark_table(table, data_hash="d"), {"data_hash": "d", "split_hash": "x"}) is not None
+    assert unmarked_if_of(mark_table(table, data_hash="d"), {"data_hash": "d", "content_hash": "x"}) is not None
     assert unmarked_if_of(pd.DataFrame(), {"data_hash": "d"}).empty

@@ -271,8 +271,14 @@ def read_external_mask(
                 "ids of the table external.table",
                 "Add them to external.table in the parameters, or correct the mask.",
             ) from None
-    except SeriesRejected as reason:
-        what = {"found": reason.found, "expected": reason.expected, "what_to_do": reason.remedy}
+    except MemoryError:
+        raise
+    except Exception as error:
+        if not isinstance(error, SeriesRejected):  # nobody foresaw it; still it is only that series
+            found = f"{type(error).__name__}: {error}"
+            outcome["key"] = None  # tried again next time: the cause may pass
+            error = SeriesRejected(files[0], found, "a mask that can be read", "Open it in a viewer.")
+        what = {"found": error.found, "expected": error.expected, "what_to_do": error.remedy}
         return {"record.json": outcome | {"outcome": REJECTED if files else ABSENT} | what}
     stored = Orientation.from_dict(record["orientation"]).restore(classes)
     return {"record.json": outcome | {"outcome": ACCEPTED}, "labels.mha": LabelMap(stored, **record["geometry"])}

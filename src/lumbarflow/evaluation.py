@@ -28,6 +28,21 @@ SETTINGS = ("batch_size", "metrics", "intervals")
 LABELS, SOFT_OVERLAP = "labels.mha", "soft_overlap.npy"
 
 
+def check_figures(names: Iterable[str], settings: Mapping[str, Any], section: str) -> None:
+    """Stop at a figure that the tables will not have, before anything is trained for it.
+
+    Args:
+        names: columns asked for.
+        settings: SETTINGS.
+        section: what asks for them.
+    Raises:
+        ValueError: names it and what there is.
+    """
+    there = metrics.figure_columns(settings["metrics"]["nsd_tolerances_mm"])
+    if unknown := [name for name in names if name not in there]:
+        raise ValueError(f"{section} names {unknown}; expected some of {there}")
+
+
 @dataclass(frozen=True)
 class Case:
     """One series to score, uint8 classes (slice, row, column) on both sides.
@@ -53,8 +68,9 @@ class Evaluation:
 
     Attributes:
         by_slice, by_case, by_class: figures of each slice, case and class.
-        intervals: scope, class, metric, value, low, high, n_cases, n_patients, n_undefined: bootstrap over patients of
-            the means over cases and of the pooled overlap figures.
+        intervals: scope, class, metric, value, low, high, n_cases (those with the class on either side; for the mean
+            foreground all), n_patients, n_undefined (the other cases), n_undefined_draws (draws of patients that the
+            figure could not be computed of): bootstrap of the pooled overlap figures and of the means over cases.
         confusion: voxels of all cases, int64 (classes, classes).
     """
 
@@ -68,6 +84,7 @@ class Evaluation:
 def prediction_work(
     load_network: Callable[[], Any],
     weights: str,
+    network: str,
     model_input: ModelInput,
     series: SeriesStore,
     batch_size: int,
@@ -77,6 +94,7 @@ def prediction_work(
     Args:
         load_network: returns the Keras model; called when the first series needs it.
         weights: digest of its weights.
+        network: digest of what it does with them.
         model_input: what it was trained on.
         series: ingested series, with the references that the probabilities are weighed against.
         batch_size: slices per forward pass.
@@ -104,7 +122,7 @@ def prediction_work(
         }
 
     return {
-        name: Work(value_digest([code, series.record(name)["key"], weights, settings]), partial(predict, name))
+        name: Work(value_digest([code, series.record(name)["key"], weights, network, settings]), partial(predict, name))
         for name in sorted(model_input.manifest["sides"]["test"])
     }
 
@@ -182,11 +200,11 @@ def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settin
     columns = [*metrics.figure_columns(settings["metrics"]["nsd_tolerances_mm"]), "detection_rate"]
     of_cases = statistics.patient_bootstrap(by_case, columns, by=["class"], **options)
     pooled = statistics.pooled_bootstrap(patients, metrics.SCORES, **options)
+    there = by_case[by_case["missing"] != "both"].groupby("class")["series"].nunique()
+    counts = pooled["class"].map(there).fillna(by_case["series"].nunique()).astype(int)
     tables = [
-        pooled.drop(columns="n_undefined_draws").assign(
-            scope="pooled", n_cases=by_case["series"].nunique(), n_undefined=0
-        ),
-        of_cases.rename(columns={"mean": "value"}).assign(scope="case mean"),
+        pooled.assign(scope="pooled", n_cases=counts, n_undefined=by_case["series"].nunique() - counts),
+        of_cases.rename(columns={"mean": "value"}).assign(scope="case mean", n_undefined_draws=0),
     ]
     columns = ["scope", "class", "metric", "value", "low", "high", "n_cases", "n_patients", "n_undefined"]
-    return pd.concat(tables, ignore_index=True)[columns]
+    return pd.concat(tables, ignore_index=True)[[*columns, "n_undefined_draws"]]

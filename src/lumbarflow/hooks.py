@@ -43,6 +43,7 @@ _NEXT = {
 
 
 RUN_TIMES = "run_times"
+PARTIAL = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs")
 
 
 def _names(run_params: dict[str, Any]) -> list[str]:
@@ -79,7 +80,8 @@ class RunHooks:
 
     def _keep_time(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         """Add this run to the table of run times, where the report finds it."""
-        if RUN_TIMES not in catalog:
+        # A part of a pipeline says nothing of how long the whole takes.
+        if RUN_TIMES not in catalog or any(run_params.get(name) for name in PARTIAL):
             return
         dataset = catalog.get(RUN_TIMES)
         times = dataset.load() if dataset.exists() else {}

@@ -28,9 +28,9 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
         settings: SETTINGS; `size` is [rows, columns].
     Returns:
         Files for a SeriesStore: `images.npy` float16 and `labels.npy` uint8, both (n, H, W), and `record.json` with
-        n_slices, digest (of both arrays), pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, the confusion
-        matrix of the reference against itself sent to the net's size and back: what a net that knew every pixel's
-        class shares would score.
+        n_slices, digest (of both arrays), pixel_spacing_mm, class_counts (of labels.npy) and `ceiling`, for each slice
+        the confusion matrix of the reference against itself sent to the net's size and back: what a net that knew every
+        pixel's class shares would score.
     """
     column, row, _ = image.spacing_mm
     grid = InPlaneGrid(image.array.shape[1:], (row, column), tuple(settings["size"]), settings["keep_aspect"])
@@ -51,7 +51,10 @@ def prepare_series(image: Volume, labels: LabelMap, settings: Mapping[str, Any])
         "pixel_spacing_mm": list(grid.model_spacing_mm),
         "normalisation": normalisation.to_dict(),
         "class_counts": class_counts(resampled).tolist(),
-        "ceiling": confusion_matrix(labels.array, grid.labels_there_and_back(labels.array)).tolist(),
+        "ceiling": [
+            confusion_matrix(plane, back).tolist()
+            for plane, back in zip(labels.array, grid.labels_there_and_back(labels.array), strict=True)
+        ],
     }
     return {IMAGES: images, LABELS: resampled, "record.json": record}
 
@@ -71,6 +74,18 @@ def data_hash(series_index: pd.DataFrame, labels: Mapping[str, Any]) -> str:
     """
     digests = {row.series: [row.image_digest, row.mask_digest] for row in series_index.itertuples()}
     return value_digest({"labels": labels, "series": digests})
+
+
+def split_hash(slice_index: pd.DataFrame) -> str:
+    """Digest of who stands where: figures of two models are of the same test slices only if this is equal.
+
+    Filtered training slices stay in, as they don't change who is tested; test slices that are not scored don't.
+
+    Args:
+        slice_index: see `selection.index_slices`.
+    """
+    rows = slice_index[(slice_index["side"] != "test") | slice_index["kept"]]
+    return value_digest(sorted([row.series, int(row.slice), row.side] for row in rows.itertuples()))
 
 
 def build_manifest(
@@ -104,8 +119,7 @@ def build_manifest(
         "leaky": settings["split"]["method"] == "slice",
         "split_method": settings["split"]["method"],
         "data_hash": data_hash(series_index, settings["labels"]),
-        # Before filtering, since a filter for training slices does not change who is tested.
-        "split_hash": value_digest(sorted([row.series, int(row.slice), row.side] for row in slice_index.itertuples())),
+        "split_hash": split_hash(slice_index),
         "settings": dict(settings),
         "series": {
             row.series: {

@@ -9,18 +9,20 @@ import pandas as pd
 
 from lumbarflow.inference import weights_digest
 
-# What of a manifest a table can carry to say what it was made from.
-HASHES = ("data_hash", "split_hash")
+# What of a manifest a table can carry to say what it was made from: the scans alone, or all of the model input.
+HASHES = ("data_hash", "content_hash")
 
 
-def describe_training(result: Any, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written down beside a trained net: what it was trained on, how that went, and which net it is.
+def describe_training(result: Any, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written down beside a trained net: what it was trained on and how, how that went, and which net it is.
 
     Args:
         result: a `training.TrainingResult`.
         manifest: of the model input it was trained on.
+        settings: sections of `training.fit`.
     """
     return {
+        "settings": dict(settings),
         "content_hash": manifest["content_hash"],
         "weights": weights_digest(result.model),
         "parameters": int(result.model.count_params()),
@@ -38,14 +40,16 @@ def mark_table(table: pd.DataFrame, **hashes: str) -> pd.DataFrame:
 
 
 def unmarked_if_of(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame | None:
-    """A table without its marks if they are the manifest's; None if it was made from other data.
+    """A table without its marks if they are the manifest's; None if it was made from other data, or does not say.
 
     Args:
         table: of `mark_table`, or an empty one, which is returned as it is.
         manifest: of the model input at hand.
     """
+    if table.empty:
+        return table
     marks = [name for name in HASHES if name in table]
-    if not all((table[name] == manifest[name]).all() for name in marks):
+    if not marks or not all((table[name] == manifest[name]).all() for name in marks):
         return None
     return table.drop(columns=marks)
 
@@ -73,6 +77,24 @@ def check_training(record: Mapping[str, Any], weights: str, manifest: Mapping[st
             f"{manifest['content_hash'][:8]} (another split, filter, size or other scans); expected the same. Run fit "
             "again, or preprocess with the settings that the model was trained with."
         )
+
+
+def check_cohort(data_hash: str, split_hash: str, manifest: Mapping[str, Any]) -> None:
+    """Stop if the ingested scans or the split at hand are not those that the model input was made from.
+
+    Args:
+        data_hash, split_hash: of the series index and of the slice index at hand (see `lumbarflow.preparation`).
+        manifest: of the model input at hand.
+    Raises:
+        ValueError: one of the two is another one.
+    """
+    for name, found, what in (("data_hash", data_hash, "scans"), ("split_hash", split_hash, "split")):
+        if found != manifest[name]:
+            raise ValueError(
+                f"the {what} at hand ({found[:8]}) are not those of the model input ({manifest[name][:8]}); expected "
+                "the same. Another pipeline has ingested other scans since: run ingest and preprocess with the raw_dir "
+                "and the settings that the model was trained with."
+            )
 
 
 def check_evaluation(summary: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:

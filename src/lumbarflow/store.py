@@ -118,9 +118,11 @@ class SeriesStore:
         shutil.rmtree(self.root / series)
 
     def _write(self, series: str, work: Work) -> None:
+        # Made first: another process that updates this folder clears away partial ones.
+        files = work.make()
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
         try:
-            for name, value in work.make().items():
+            for name, value in files.items():
                 if isinstance(value, Volume):
                     write_volume(value, partial / name)
                 elif isinstance(value, np.ndarray):

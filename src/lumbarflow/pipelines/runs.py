@@ -32,7 +32,7 @@ def predict_runs(
         model_input = comparison.model_input_of(run, prepared)
         load = partial(comparison.load_network, trained, run)
         weights = trained.record(run["entry"])["weights"]
-        predicted = evaluation.prediction_work(load, weights, model_input, series, settings["batch_size"])
+        predicted = evaluation.prediction_work(load, weights, run["key"], model_input, series, settings["batch_size"])
         work |= {comparison.prediction_entry(name, case): item for case, item in predicted.items()}
     return work
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from lumbarflow import comparison, models, statistics
+from lumbarflow import comparison, evaluation, models, statistics
+from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
-from lumbarflow.provenance import HASHES, mark_table
+from lumbarflow.provenance import mark_table
 from lumbarflow.store import SeriesStore
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def plan_baselines(
     loss: dict[str, Any],
     training: dict[str, Any],
     augmentation: dict[str, Any],
+    evaluation_settings: dict[str, Any],
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """One run for each model that the parameters name."""
@@ -31,6 +33,9 @@ def plan_baselines(
         raise ValueError(
             f"baselines.reference is {settings['reference']!r}; expected one of baselines.models, {sorted(chosen)}"
         )
+    if len(chosen) < 2:
+        raise ValueError(f"baselines.models names {sorted(chosen)} alone; expected another to compare with it")
+    evaluation.check_figures(settings["metrics"], evaluation_settings, "baselines.metrics")
     plan = {}
     for name, values in chosen.items():
         own = (model if name == model["name"] else {}) | values | {"name": name}
@@ -49,11 +54,11 @@ def compare_models(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The table of all models and the paired tests against the reference (each twice: for machines and for people)."""
     table = comparison.baselines_table(plan, trained, by_class, intervals)
+    foreground = by_case[by_case["class"] != CLASSES[0]].rename(columns={"run": "model"})
+    # Holm's correction is over the models and classes of one figure.
     tests = pd.concat(
         [
-            statistics.paired_wilcoxon(
-                by_case.rename(columns={"run": "model"}), reference_model=settings["reference"], metric=metric
-            ).assign(metric=metric)
+            statistics.paired_wilcoxon(foreground, settings["reference"], metric).assign(metric=metric)
             for metric in settings["metrics"]
         ],
         ignore_index=True,
@@ -61,8 +66,6 @@ def compare_models(
     for name in plan:
         row = table[(table["run"] == name) & (table["class"] == comparison.MEAN_FOREGROUND)].iloc[0]
         logger.info("%s: mean foreground Dice %.4f (pooled)", models.find(name).title, row["dice"])
-    manifest = plan[settings["reference"]]["manifest"]
-    hashes = {name: manifest[name] for name in HASHES}
-    tests["p_holm"] = statistics.holm(tests["p"])  # over all tests of the table, not of each figure
-    table, tests = mark_table(table, **hashes), mark_table(tests, **hashes)
+    content_hash = plan[settings["reference"]]["manifest"]["content_hash"]
+    table, tests = (mark_table(made, content_hash=content_hash) for made in (table, tests))
     return table, table, tests, tests

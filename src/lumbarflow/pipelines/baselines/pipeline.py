@@ -18,6 +18,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "params:loss",
                     "params:training",
                     "params:augmentation",
+                    "params:evaluation",
                     "params:baselines",
                 ],
                 outputs="baseline_plan",

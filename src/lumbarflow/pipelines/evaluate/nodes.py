@@ -10,6 +10,7 @@ import pandas as pd
 
 from lumbarflow import evaluation, metrics, tracking
 from lumbarflow.figures import Overlay, confusion_figure, overlay_figure
+from lumbarflow.files import value_digest
 from lumbarflow.inference import weights_digest
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
@@ -33,7 +34,8 @@ def predict_test(
     weights = weights_digest(model)
     check_training(training_record, weights, model_input.manifest)
     tracking.tag_manifest(model_input.manifest)
-    return evaluation.prediction_work(lambda: model, weights, model_input, series, settings["batch_size"])
+    network = value_digest(model.to_json())
+    return evaluation.prediction_work(lambda: model, weights, network, model_input, series, settings["batch_size"])
 
 
 def score_cases(
@@ -42,6 +44,7 @@ def score_cases(
     prepared: SeriesStore,
     model_input: ModelInput,
     settings: dict[str, Any],
+    protocol: dict[str, Any],
 ) -> tuple[
     pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, dict, dict
 ]:
@@ -52,7 +55,7 @@ def score_cases(
     """
     manifest = model_input.manifest
     test = manifest["sides"]["test"]
-    ceiling = sum(np.array(prepared.record(name)["ceiling"]) for name in test)
+    ceiling = sum(np.array(prepared.record(name)["ceiling"])[slices].sum(axis=0) for name, slices in test.items())
     evaluated = evaluation.evaluate_cases(evaluation.predicted_cases(manifest, series, predictions), settings, ceiling)
     by_class = evaluated.by_class
     mean = metrics.mean_foreground_dice(evaluated.confusion)
@@ -68,6 +71,8 @@ def score_cases(
         "test_slices": sum(map(len, test.values())),
     }
     tracking.log_metrics(summary)
+    # What the report says of the figures, whenever it is written.
+    summary |= {"settings": {"evaluation": settings, "paper_protocol": protocol}} | tracking.git_commit(".")
     for name in CLASSES[1:]:
         row = at_pooled.loc[name]
         logger.info(
@@ -124,7 +129,9 @@ def choose_overlays(
 ) -> tuple[list[Overlay], pd.DataFrame]:
     """The slices to show of the best, the median and the worst case, and a table of them: case, series, slice, dice."""
     foreground = by_case[by_case["class"] != CLASSES[0]]
-    ranked = foreground.groupby("series")["dice"].mean().dropna().sort_values(ascending=False)
+    means = foreground.groupby("series")["dice"].mean()
+    # A case without any figure is neither best nor worst, unless there are no others.
+    ranked = (means.dropna() if means.notna().any() else means).sort_values(ascending=False)
     places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
     overlays, chosen = [], []
     for title, place in places.items():

@@ -17,7 +17,14 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 score_cases,
-                inputs=["predictions", "ingested_series", "prepared_series", "model_input", "params:evaluation"],
+                inputs=[
+                    "predictions",
+                    "ingested_series",
+                    "prepared_series",
+                    "model_input",
+                    "params:evaluation",
+                    "params:paper_protocol",
+                ],
                 outputs=[
                     "metrics_by_slice",
                     "metrics_by_case",

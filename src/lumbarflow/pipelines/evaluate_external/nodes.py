@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow import cohort, evaluation, imaging
-from lumbarflow.cohort import ACCEPTED
+from lumbarflow.cohort import ABSENT, ACCEPTED
 from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, split_volume_name
 from lumbarflow.labels import LabelTable
 from lumbarflow.parameters import check_names
+from lumbarflow.pipelines.ingest.nodes import digest_of
 from lumbarflow.pipelines.preprocess.nodes import split_series
 from lumbarflow.preparation import data_hash, label_settings
 from lumbarflow.provenance import mark_table
@@ -55,15 +56,15 @@ def read_external(
         chosen = sorted(sides.loc[sides["side"] == "test", "series"].unique())
     if strangers := sorted(set(files) - set(series_index["series"])):
         logger.warning(
-            "%s: %d volumes have no accepted series of their name and are not scored: %s",
-            external_dir, len(strangers), ", ".join(strangers[:5]),
-        )  # fmt: skip
+            "%s: %d volumes have no accepted series of their name and are not scored, such as %s",
+            *(external_dir, len(strangers), files[strangers[0]][0]),
+        )
     table = LabelTable(settings["table"])
     code = source_digest(cohort, imaging)
     work = {}
     for name in chosen:
         found = files.get(name, [])
-        contents = {file: digests[file]() for file in found}
+        contents = {file: digest_of(digests, file) for file in found}
         key = value_digest([code, series.record(name)["key"], contents, table.to_dict(), ingest["tolerances"]])
         read = partial(
             cohort.read_external_mask,
@@ -84,7 +85,12 @@ def report_external(series: SeriesStore, settings: dict[str, Any]) -> tuple[pd.D
     records = series.records()
     report = pd.DataFrame([{name: record.get(name, "") for name in columns} for record in records.values()])
     left_out = report[report["outcome"] != ACCEPTED]
-    for row in left_out.itertuples():
+    absent = left_out[left_out["outcome"] == ABSENT]
+    if len(absent):
+        logger.warning(
+            "%d series have no mask of %s; they are listed in external_report.csv", len(absent), settings["name"]
+        )
+    for row in left_out[left_out["outcome"] != ABSENT].itertuples():
         logger.warning("left out %s: %s; expected %s. %s", row.series, row.found, row.expected, row.what_to_do)
     logger.info("%s: %d masks to score, %d left out", settings["name"], len(report) - len(left_out), len(left_out))
     if len(left_out) == len(report):

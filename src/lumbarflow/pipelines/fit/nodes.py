@@ -27,6 +27,6 @@ def train_model(
     tracking.tag_manifest(model_input.manifest)
     settings = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
     result = fit(model_input, settings, on_epoch=tracking.log_epoch)
-    record = describe_training(result, model_input.manifest)
+    record = describe_training(result, model_input.manifest, settings) | tracking.git_commit(".")
     history = pd.DataFrame(result.history)
     return result.model, record, history, history

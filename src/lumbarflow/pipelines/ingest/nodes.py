@@ -64,8 +64,8 @@ def ingest_series(
     work = {}
     for scan in track(inventory.scans, "looking for changed files"):
         digests = {
-            "image_digest": _digest(image_digests, scan.image),
-            "mask_digest": _digest(mask_digests, scan.mask),
+            "image_digest": digest_of(image_digests, scan.image),
+            "mask_digest": digest_of(mask_digests, scan.mask),
         }
         row = {name: (scan.row or {}).get(name) for name in ("subset", "SeriesDescription")} if scan.row else None
         key = value_digest(
@@ -158,7 +158,8 @@ def _inventory(images: Files, masks: Files, overview: pd.DataFrame, settings: di
     return take_inventory(list(images), list(masks), overview.to_dict("records"), settings["sequences"])
 
 
-def _digest(digests: Files, name: str | None) -> str | None:
+def digest_of(digests: Files, name: str | None) -> str | None:
+    """The digest of a file; of one that can't be read, what was wrong."""
     if name is None:
         return None
     try:

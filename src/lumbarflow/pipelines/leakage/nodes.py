@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lumbarflow import comparison
+from lumbarflow import comparison, evaluation
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.preprocess.nodes import index_slices, manifest_of, split_series
 from lumbarflow.provenance import mark_table
@@ -30,10 +30,12 @@ def plan_leakage(
     loss: dict[str, Any],
     training: dict[str, Any],
     augmentation: dict[str, Any],
+    evaluation_settings: dict[str, Any],
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """One run for each split: its manifest, and the settings of training that both share."""
     check_names(settings, (*SPLITS, "metrics"), "leakage")
+    evaluation.check_figures(settings["metrics"], evaluation_settings, "leakage.metrics")
     plan = {}
     for name in SPLITS:
         changed = split | settings[name]
@@ -46,15 +48,16 @@ def plan_leakage(
 
 
 def compare_splits(
-    plan: dict[str, dict[str, Any]], by_class: pd.DataFrame, settings: dict[str, Any]
+    plan: dict[str, dict[str, Any]], by_class: pd.DataFrame, intervals: pd.DataFrame, settings: dict[str, Any]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The difference per class (twice: for machines and for people)."""
-    table = comparison.leakage_table(by_class, settings["metrics"])
+    table = comparison.leakage_table(by_class, intervals, settings["metrics"])
     pooled = table[(table["scope"] == "pooled") & (table["metric"] == settings["metrics"][0])]
     for row in pooled.itertuples():
         logger.info(
             "%s: pooled %s %.4f when split by slice, %.4f by patient: the leak adds %+.4f",
             row[2], row.metric, row.slice_split, row.patient_split, row.difference,
         )  # fmt: skip
+    table["epochs"] = plan["patient"]["settings"]["training"]["epochs"]
     table = mark_table(table, data_hash=plan["patient"]["manifest"]["data_hash"])
     return table, table

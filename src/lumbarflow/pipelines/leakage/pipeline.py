@@ -24,6 +24,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "params:loss",
                     "params:training",
                     "params:augmentation",
+                    "params:evaluation",
                     "params:leakage",
                 ],
                 outputs="leakage_plan",
@@ -55,7 +56,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 compare_splits,
-                inputs=["leakage_plan", "leakage_by_class", "params:leakage"],
+                inputs=["leakage_plan", "leakage_by_class", "leakage_intervals", "params:leakage"],
                 outputs=["leakage_table", "leakage_table_csv"],
                 name="compare_splits",
             ),

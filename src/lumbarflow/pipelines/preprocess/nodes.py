@@ -77,7 +77,7 @@ def describe_model_input(
         "model input: %d x %d pixels, %d training, %d validation and %d test slices, data %s",
         *manifest["size"], *(kept[side] for side in SIDES), manifest["data_kind"],
     )  # fmt: skip
-    ceiling = sum(np.array(record["ceiling"]) for record in prepared.records().values())
+    ceiling = sum(np.array(record["ceiling"]).sum(axis=0) for record in prepared.records().values())
     logger.info(
         "the size alone: the reference of all series, resampled there and back, has a mean foreground Dice of %.4f",
         metrics.mean_foreground_dice(ceiling),

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import figures, report, tracking
+from lumbarflow import figures, report
+from lumbarflow.cohort import ACCEPTED
 from lumbarflow.figures import png
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.evaluate.nodes import choose_overlays
-from lumbarflow.provenance import check_evaluation, unmarked_if_of
+from lumbarflow.preparation import data_hash, split_hash
+from lumbarflow.provenance import check_cohort, check_evaluation, unmarked_if_of
 from lumbarflow.store import SeriesStore
 
 
@@ -21,10 +23,17 @@ def compare_with_published(
     intervals: pd.DataFrame,
     paper_metrics: pd.DataFrame,
     model_input: ModelInput,
-    protocol: dict[str, Any],
+    summary: dict[str, Any],
+    training_record: dict[str, Any],
+    series_index: pd.DataFrame,
+    slice_index: pd.DataFrame,
     settings: dict[str, Any],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Our rows, the paper's and the published baselines' in one table (twice: for machines and for people)."""
+    manifest = model_input.manifest
+    # The first step of the report: what does not belong together stops here.
+    check_evaluation(summary, training_record["weights"], manifest)
+    check_cohort(data_hash(series_index, manifest["settings"]["labels"]), split_hash(slice_index), manifest)
     check_names(settings, ("published",), "report")
     check_names(settings["published"], ("paper", "baselines"), "report.published")
     paper = settings["published"]["paper"]
@@ -32,17 +41,32 @@ def compare_with_published(
         by_class,
         intervals,
         paper_metrics,
-        protocol,
+        summary["settings"]["paper_protocol"],
         [{"source": paper["source"], "caveat": paper["protocol"]} | row for row in paper["rows"]],
         settings["published"]["baselines"],
-        model_input.manifest,
+        manifest,
     )
     return table, table
 
 
-def draw_report_figures(history: pd.DataFrame, by_case: pd.DataFrame, comparison: pd.DataFrame) -> tuple[Any, Any, Any]:
-    """Training curves, the cases' figures, and the comparison."""
-    return figures.training_curves(history), figures.case_distribution(by_case), figures.comparison_figure(comparison)
+def draw_report_figures(
+    history: pd.DataFrame,
+    predictions: SeriesStore,
+    series: SeriesStore,
+    model_input: ModelInput,
+    by_case: pd.DataFrame,
+    confusion: dict[str, Any],
+    comparison: pd.DataFrame,
+) -> tuple[Any, ...]:
+    """Training curves, the cases' figures, the comparison, overlays and confusion matrix: the report's pictures."""
+    overlays, _ = choose_overlays(predictions, series, by_case, model_input)
+    return (
+        figures.training_curves(history),
+        figures.case_distribution(by_case),
+        figures.comparison_figure(comparison),
+        figures.overlay_figure(overlays),
+        figures.confusion_figure(np.array(confusion["counts"])),
+    )
 
 
 def write_report(
@@ -67,37 +91,40 @@ def write_report(
     baselines: pd.DataFrame,
     baseline_tests: pd.DataFrame,
     external: pd.DataFrame,
+    external_report: pd.DataFrame,
     apta_audit: pd.DataFrame,
-    parameters: dict[str, Any],
 ) -> tuple[str, str]:
     """The report as HTML and as Markdown; what optional pipelines make is in it once they have run."""
-    check_evaluation(summary, training_record["weights"], model_input.manifest)
     manifest = model_input.manifest
     leakage, baselines, baseline_tests, external, apta_audit = (
         unmarked_if_of(table, manifest) for table in (leakage, baselines, baseline_tests, external, apta_audit)
     )
     overlays, chosen = choose_overlays(predictions, series, by_case, model_input)
-    curves, cases, compared = draw_report_figures(history, by_case, comparison)
+    left_out = external_report[external_report["outcome"] != ACCEPTED] if len(external_report) else external_report
     title = "lumbarflow: segmentation of the lumbar spine on MRI"
     sections = [
-        report.summary_section(by_class, intervals, split, manifest),
+        report.summary_section(by_class, intervals, manifest),
         report.cohort_section(ingest_report, series_index, slice_index, filter_rules),
         report.split_section(split, series_index, manifest),
         report.metrics_section(by_class, intervals),
-        report.comparison_section(comparison, png(compared)),
+        report.comparison_section(comparison, png(figures.comparison_figure(comparison))),
         report.baselines_section(baselines, baseline_tests),
         report.leakage_section(leakage),
-        report.training_section(history, training_record, png(curves)),
+        report.training_section(history, training_record, png(figures.training_curves(history))),
         report.confusion_section(confusion, png(figures.confusion_figure(np.array(confusion["counts"])))),
-        report.cases_section(by_case, png(cases)),
+        report.cases_section(by_case, png(figures.case_distribution(by_case))),
         report.overlays_section(chosen, png(figures.overlay_figure(overlays), dpi=100)),
         report.ceiling_section(by_class, manifest),
-        report.external_section(external),
+        report.external_section(external, left_out),
         report.apta_section(apta_audit),
         report.hardware_section(training_record, _run_times(run_times)),
-        report.provenance_section(manifest, tracking.git_commit("."), parameters),
+        report.provenance_section(manifest, training_record, summary["settings"] | _commit(summary)),
     ]
     return report.to_html(title, sections), report.to_markdown(title, sections)
+
+
+def _commit(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: summary[name] for name in ("git_commit",) if name in summary}
 
 
 def _run_times(run_times: dict[str, Any]) -> pd.DataFrame:

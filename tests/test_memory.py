@@ -1,4 +1,4 @@
-"""Anonymous memory of preparation does not grow with the number of series."""
+"""Anonymous memory of preparation and evaluation does not grow with the number of series."""
 
 from __future__ import annotations
 
@@ -45,7 +45,51 @@ print(peak)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's anonymous memory")
+EVALUATION = """
+import sys
+from pathlib import Path
+import numpy as np
+from lumbarflow.evaluation import Case, evaluate_cases
+
+settings = {
+    "batch_size": 8,
+    "metrics": {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 100.0},
+    "intervals": {"samples": 100, "level": 0.95, "seed": 0},
+}
+peak = 0
+
+def cases(count):
+    global peak
+    for i in range(count):
+        # 2.7 MiB of classes and a histogram of distances of 1 MiB a case.
+        reference = np.zeros((20, 288, 256), np.uint8)
+        reference[:, 20 + i : 60 + i, 40:90], reference[:, 150:250, 120:140], reference[:, 70:90, 40:90] = 1, 2, 3
+        yield Case(str(i), str(i), reference, np.roll(reference, 100, axis=2), (4.0, 1.0, 1.0), np.arange(20))
+        text = Path("/proc/self/status").read_text()
+        peak = max(peak, int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]))
+
+evaluated = evaluate_cases(cases(int(sys.argv[2])), settings)
+assert evaluated.by_case["series"].nunique() == int(sys.argv[2])
+print(peak)
+"""
+
+
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux tells a process's anonymous memory"
+)
+
+
+@LINUX
+def test_evaluating_six_times_the_cases_takes_the_same_memory(tmp_path):
+    def peak(count: int) -> int:
+        arguments = [sys.executable, "-c", EVALUATION, str(tmp_path), str(count)]
+        return int(subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=240).stdout)
+
+    few, many = peak(3), peak(18)
+    assert many < 1.1 * few
+
+
+@LINUX
 def test_preparing_ten_times_the_series_takes_the_same_memory(tmp_path):
     def peak(count: int) -> int:
         arguments = [sys.executable, "-c", CODE, str(tmp_path / str(count)), str(count)]

@@ -75,28 +75,12 @@ class Section:
     blocks: Sequence[Block]
 
 
-def pictures(sections: Sequence[Section]) -> dict[str, bytes]:
-    """File name -> PNG of all pictures: what must lie beside the Markdown twin.
-
-    Raises:
-        ValueError: two different pictures of one name.
-    """
-    files: dict[str, bytes] = {}
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Picture) and files.setdefault(block.file_name, block.png) != block.png:
-                raise ValueError(
-                    f"two different pictures are called {block.file_name!r}; expected one name each. Rename one."
-                )
-    return files
-
-
 # --- cells, the same for both twins ----------------------------------------------------------------------------------
 
 FLOATS = "z,.3f"  # z keeps a rounded -0.0001 from reading -0.000
 _WORDS = {"iou": "IoU", "asd": "ASD", "hd95": "HD95", "nsd": "NSD", "f1": "F1", "dice": "Dice", "sd": "SD"}
 _UNITS = ("mm", "mm3", "ml", "pixels", "seconds", "percent")
-_COUNTS = re.compile(r"^n_|_(voxels|components|pixels)$|^epoch$")
+_COUNTS = re.compile(r"^n_|_(voxels|components|pixels|n)$|^epochs?$")
 
 
 def heading(column: str) -> str:
@@ -296,7 +280,7 @@ def _replace_inline(text: str, mark, plain) -> str:
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The document in GitHub's Markdown; its pictures are links to their file names (see `pictures`)."""
+    """The document in GitHub's Markdown; its pictures are links to files that must lie beside it."""
     anchors = _anchors(title, sections)
     contents = [
         f"- [{_escape_markdown(section.title)}](#{quote(anchor)})"
@@ -368,20 +352,26 @@ def _warnings(manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, [found, LEAKY if manifest["leaky"] else ""]))
 
 
+def _patients(manifest: Mapping[str, Any]) -> int:
+    """How many patients are scored."""
+    return len({manifest["series"][name]["patient"] for name in manifest["sides"]["test"]})
+
+
 def _listed(remarks: Sequence[str]) -> str:
     return "; ".join(filter(None, remarks))
 
 
-def summary_section(
-    by_class: pd.DataFrame,
-    intervals: pd.DataFrame,
-    split: pd.DataFrame,
-    manifest: Mapping[str, Any],
-) -> Section:
-    """The figures first, with what makes them weak; tables as in `metrics_section` and `split_section`."""
-    test = split[split["side"] == "test"]
+def summary_section(by_class: pd.DataFrame, intervals: pd.DataFrame, manifest: Mapping[str, Any]) -> Section:
+    """The figures first, with what makes them weak.
+
+    Args:
+        by_class, intervals: see `metrics_section`.
+        manifest: of the model input; who is scored stands in it, since filters may leave out slices of the test side.
+    """
+    test = manifest["sides"]["test"]
     mean = _scope(by_class, "pooled").set_index("class").loc[MEAN_FOREGROUND, "dice"]
-    whom = f"{len(test):,} slices of {test['series'].nunique()} series of {test['patient'].nunique()} test patients"
+    slices = sum(map(len, test.values()))
+    whom = f"{slices:,} slices of {len(test):,} series of {_patients(manifest):,} test patients"
     interval = _interval(intervals, "pooled", MEAN_FOREGROUND)
     spread = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if np.isfinite(interval).all() else ""
     headline = (
@@ -390,7 +380,7 @@ def summary_section(
     )
     table = _scope(by_class, "pooled")[["class", "dice", "iou", "precision", "recall"]]
     blocks = [Text("\n\n".join(filter(None, [headline, _warnings(manifest), NOT_A_DEVICE])))]
-    return Section("Summary", [*blocks, Table(table, "Pooled over all test slices, by class.")])
+    return Section("Summary", [*blocks, Table(table, "Pooled over all scored slices, by class.")])
 
 
 def cohort_section(
@@ -506,7 +496,7 @@ def split_section(split: pd.DataFrame, series_index: pd.DataFrame, manifest: Map
 
 
 _SCOPES = {
-    "pooled": "all voxels of all test slices taken together",
+    "pooled": "all voxels of all scored slices taken together",
     "case mean": "mean over the cases (series) that have a figure",
     "slice mean": "mean over the slices that have a figure",
 }
@@ -518,8 +508,8 @@ def metrics_section(by_class: pd.DataFrame, intervals: pd.DataFrame) -> Section:
     Args:
         by_class: class, scope, metrics and their counts (see `metrics.table_by_class`). The scope "ceiling" has a
             section of its own.
-        intervals: class, metric, low, high and counts (see `statistics.patient_bootstrap` and `pooled_bootstrap`; a
-            column `scope` tells which).
+        intervals: class, metric, low, high and counts, n_undefined and n_undefined_draws among them (see
+            `statistics.patient_bootstrap` and `pooled_bootstrap`; a column `scope` tells which).
     """
     text = (
         "On the scans' own grids, with their own spacing. ASD: symmetric average surface distance; HD95: 95th "
@@ -533,23 +523,34 @@ def metrics_section(by_class: pd.DataFrame, intervals: pd.DataFrame) -> Section:
         if scope != "ceiling"
     ]
     shown = intervals.assign(metric=intervals["metric"].map(heading))
-    caption = "95 % intervals: bootstrap over patients, each drawn with all of its cases."
+    caption = (
+        "95 % intervals: bootstrap over patients, each drawn with all of its cases. The column n undefined counts the "
+        "cases without the figure, n undefined draws the draws without it; the interval is over the others."
+    )
     return Section("Metrics", [Text(text), *tables, Table(shown, caption)])
 
 
 # What makes a row of the comparison no twin of our own; the mark stands before its source.
 MARKS = {
     "†": (
-        "the paper's protocol: soft Dice of the probabilities and ASD and NSD in pixels of the net's grid, averaged "
-        "over slices. Never to be set beside rows without the mark"
+        "the paper's protocol, in pixels of the net's grid: IoU, precision, recall and F1 are pooled over pixels; "
+        "ASD and NSD are over one stack of all slices; Dice alone is averaged over slices, and soft (of the "
+        "probabilities). Where a row departs from that, its caveat says so. Never to be set beside rows without the "
+        "mark, but for F1"
     ),
     "‡": "published elsewhere: split by patient, but of other test patients, and averaged as the unit says",
     "§": "ours, split by slice: the test slices' neighbours were trained on",
 }
 COMPARISON_COLUMNS = [
-    "mark", "source", "data", "split", "unit", "class", "dice", "dice_low", "dice_high", "dice_sd", "iou", "asd",
-    "asd_sd", "asd_unit", "nsd", "nsd_tolerance", "caveat",
+    "mark", "source", "data", "split", "unit", "n", "class", "dice", "dice_low", "dice_high", "dice_sd", "iou",
+    "precision", "recall", "f1", "asd", "asd_sd", "asd_unit", "nsd", "nsd_tolerance", "caveat",
 ]  # fmt: skip
+_OVERLAPS = ("iou", "precision", "recall", "f1")
+_NUMBERS = ("dice", "dice_low", "dice_high", "dice_sd", *_OVERLAPS, "asd", "asd_sd", "nsd")
+F1_NOTE = (
+    "F1 is the Dice of the decided pixels, pooled: the one figure of the paper's table that is of the same kind as our "
+    "pooled Dice. Its split and its grid are still others."
+)
 
 
 def comparison_table(
@@ -568,12 +569,13 @@ def comparison_table(
             belongs to the scope it names in a column `scope`, else to "case mean".
         paper_metrics: our model under the paper's protocol (see `paper_protocol.paper_scores`); may be empty.
         protocol: the settings that paper_metrics were made with (`paper_protocol.SETTINGS`).
-        published: the paper's rows: source, data, class, iou, dice, asd, nsd, caveat.
+        published: the paper's rows: source, data, class, iou, dice, asd, nsd, precision, recall, f1, caveat.
         baselines: method, class, dice, dice_sd, asd_mm, asd_mm_sd, split, unit, source, perhaps data and caveat;
             what a source does not give is left out or null.
         manifest: of the model input.
     Returns:
-        COMPARISON_COLUMNS, by class (foreground first, background last), marked as MARKS says.
+        COMPARISON_COLUMNS, by class (foreground first, background last), marked as MARKS says. `n` tells what the Dice
+        of our rows is over, e.g. "6 cases" or "120 slices"; the caveat counts what has no ASD.
     Raises:
         ValueError: a row of a class that is none.
     """
@@ -582,55 +584,60 @@ def comparison_table(
     if manifest["settings"]["split"].get("validation_is_test"):
         caveats.append("the epoch was chosen on the slices that are scored")
     chosen = manifest["sides"]["test"]
-    patients = len({manifest["series"][name]["patient"] for name in chosen})
     sequences = ", ".join(sorted({manifest["series"][name]["sequence"] for name in chosen}))
     ours = {
         "source": "lumbarflow",
-        "data": f"{sequences}, test patients: {patients}",
+        "data": f"{sequences}, test patients: {_patients(manifest)}",
         "split": f"by {manifest['split_method']}" if manifest["split_method"] != "official" else "official",
     }
     tolerance = next((name for name in by_class if re.fullmatch(r"nsd_[\d.]+mm", name)), None)
     rows: list[dict[str, Any]] = []
     for scope in ("pooled", "case mean"):
-        for record in _scope(by_class, scope).to_dict("records"):
+        scored = _scope(by_class, scope)
+        for record in scored.to_dict("records"):
+            missed = record["n_missing_prediction"]
             low, high = _interval(intervals, scope, record["class"])
             rows.append(
                 ours
+                | {name: record[name] for name in ("class", "dice", *_OVERLAPS)}
                 | {
                     "mark": leaky,
                     "unit": scope,
-                    "class": record["class"],
-                    "dice": record["dice"],
+                    "n": _cases(scored, record),
                     "dice_low": low,
                     "dice_high": high,
-                    "iou": record["iou"],
                     "asd": record.get("asd_mm"),
                     "asd_unit": "mm",
                     "nsd": record[tolerance] if tolerance else None,
                     "nsd_tolerance": f"{tolerance[4:-2]} mm" if tolerance else "",
-                    "caveat": _listed(caveats),
+                    "caveat": _listed(
+                        [*caveats, f"structures missed altogether, so without ASD: {missed}" if missed else ""]
+                    ),
                 }
             )
-    paper = {"mark": "†", "unit": "slice mean, paper's protocol", "asd_unit": "pixels"}
+    paper = {"mark": "†", "unit": "paper's protocol", "asd_unit": "pixels"}
     height, width = manifest["size"]
     for record in paper_metrics.to_dict("records"):
         surfaces = "one stack of all slices" if protocol["stacked"] else "each slice by itself"
+        whole, volumes = record["n_surface"], record["n_volumes"]
+        lacking = f"ASD of {whole:,} of {volumes:,} volumes, the others lack the class" if whole < volumes else ""
         rows.append(
             ours
-            | {name: record[name] for name in ("class", "dice", "iou", "nsd")}
+            | {name: record[name] for name in ("class", "dice", *_OVERLAPS, "nsd")}
             | paper
             | {
                 "mark": f"†{leaky}",
+                "n": f"{record['n_slices'] - record['n_undefined']:,} slices",
                 "asd": record["asd_pixels"],
                 "nsd_tolerance": f"{protocol['nsd_tolerance_pixels']:g} px",
                 "caveat": _listed(
-                    [*caveats, f"{protocol['dice']} Dice on {height} x {width} pixels, surfaces of {surfaces}"]
+                    [*caveats, f"{protocol['dice']} Dice on {height} x {width} pixels, surfaces of {surfaces}", lacking]
                 ),
             }
         )
     for record in published:
         rows.append(
-            {name: record.get(name) for name in ("source", "data", "class", "dice", "iou", "asd", "nsd", "caveat")}
+            {name: record.get(name) for name in ("source", "data", "class", "dice", *_OVERLAPS, "asd", "nsd", "caveat")}
             | paper
             | {"split": "by slice", "nsd_tolerance": "1 px"}
         )
@@ -654,11 +661,22 @@ def comparison_table(
             "Correct the published rows in the configuration."
         )
     table = pd.DataFrame(rows, columns=COMPARISON_COLUMNS)
-    numbers = ["dice", "dice_low", "dice_high", "dice_sd", "iou", "asd", "asd_sd", "nsd"]
-    table[numbers] = table[numbers].astype(float)
-    words = [name for name in COMPARISON_COLUMNS if name not in numbers]
+    table[[*_NUMBERS]] = table[[*_NUMBERS]].astype(float)
+    words = [name for name in COMPARISON_COLUMNS if name not in _NUMBERS]
     table[words] = table[words].fillna("")
     return table.sort_values("class", key=lambda names: names.map(order.index), kind="stable", ignore_index=True)
+
+
+def _cases(scored: pd.DataFrame, record: Mapping[str, Any]) -> str:
+    """How many cases one row of a scope is over; the mean over the foreground is over those of its classes."""
+    if record["scope"] == "pooled":
+        return f"{record['n_cases']:,} cases"
+    is_of = (
+        scored["class"].isin(CLASSES[1:]) if record["class"] == MEAN_FOREGROUND else scored["class"] == record["class"]
+    )
+    counts = scored.loc[is_of, "n_overlap"]
+    fewest, most = counts.min(), counts.max()
+    return f"{most:,} cases" if fewest == most else f"{fewest:,} to {most:,} cases"
 
 
 def comparison_section(table: pd.DataFrame, png: bytes) -> Section:
@@ -671,6 +689,8 @@ def comparison_section(table: pd.DataFrame, png: bytes) -> Section:
             "Rows without a mark are ours: split by patient, labels against labels on the scans' own grids, in "
             "millimetres.",
         )
+    if "†" in marks:
+        meanings.append(F1_NOTE)
     # The class first: rows are compared within it.
     shown = table[["class", "mark", *(name for name in table.columns if name not in ("class", "mark"))]]
     return Section(
@@ -686,7 +706,7 @@ def comparison_section(table: pd.DataFrame, png: bytes) -> Section:
             Table(
                 shown,
                 "Ours, the paper's and published baselines. ASD has its unit beside it; low and high are the 95 % "
-                "interval, SD what the source gives.",
+                "interval, SD what the source gives; n is what the Dice of our rows is over.",
                 muted=(table["mark"] != "").tolist(),
             ),
         ],
@@ -812,9 +832,10 @@ def ceiling_section(by_class: pd.DataFrame, manifest: Mapping[str, Any]) -> Sect
         [
             Text(
                 f"The net sees {height} x {width} pixels. The references themselves, resampled to that size and back, "
-                "score what this table says: no net of that size is expected above it."
+                "score what this table says: no net of that size is expected above it. Both are of the scored slices "
+                "alone."
             ),
-            Table(table, "The test series' references, there and back, and the model's pooled Dice beside them."),
+            Table(table, "The references, there and back, and the model's pooled Dice beside them."),
         ],
     )
 
@@ -835,30 +856,82 @@ def hardware_section(record: Mapping[str, Any], run_times: pd.DataFrame) -> Sect
 
 
 def leakage_section(table: pd.DataFrame | None, command: str = "kedro run --pipeline=leakage") -> Section:
-    """What a split by slice would have made of the same model."""
+    """What a split by slice would have made of the same model.
+
+    Args:
+        table: scope, class, metric, slice_split, patient_split, difference, the limits slice_low, slice_high,
+            patient_low and patient_high, slice_n and patient_n (scored slices), epochs (see
+            `comparison.leakage_table`).
+    """
     text = (
         "The same model, trained and scored under both splits: what the figures gain when slices of one patient stand "
         "on both sides."
     )
+    if table is not None and len(table):
+        text = f"{text}\n\n{_leak(table)}"
     return _optional("Cost of leakage", text, command, {"Split by slice against split by patient.": table})
+
+
+def _leak(table: pd.DataFrame) -> str:
+    """The pooled mean foreground Dice of both splits in a sentence; none if it was not compared or is undefined."""
+    is_headline = (table["scope"] == "pooled") & (table["class"] == MEAN_FOREGROUND) & (table["metric"] == "dice")
+    rows = table[is_headline & table["difference"].notna()]
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    limits = [row[f"{run}_{limit}"] for run in ("slice", "patient") for limit in ("low", "high")]
+    spread = (
+        ", 95 % intervals {:.3f} to {:.3f} and {:.3f} to {:.3f}".format(*limits) if np.isfinite(limits).all() else ""
+    )
+    change = f"adds {row['difference']:.3f} to" if row["difference"] >= 0 else f"takes {-row['difference']:.3f} from"
+    return (
+        f"Splitting by slice {change} the pooled mean foreground Dice ({row['slice_split']:.3f} against "
+        f"{row['patient_split']:.3f}{spread}). Both nets had the same budget of {row['epochs']:,} epochs. Their test "
+        f"slices differ: {row['slice_n']:,} were scored of the split by slice, {row['patient_n']:,} of that by patient."
+    )
 
 
 def baselines_section(
     table: pd.DataFrame | None, tests: pd.DataFrame | None, command: str = "kedro run --pipeline=baselines"
 ) -> Section:
-    """Our own baselines under one budget, and the paired tests between them (see `statistics.paired_wilcoxon`)."""
-    text = "Nets and the atlas that were trained under one budget, on the same split, and scored in the same way."
+    """Our own baselines under one budget, and the paired tests between them.
+
+    Args:
+        table: one row per net and class (see `comparison.baselines_table`).
+        tests: see `statistics.paired_wilcoxon`.
+    """
+    text = (
+        "Each of these was trained for this comparison, under one budget and on the same split, and scored in the same "
+        "way; the paper's net as well, which is not the model of the rest of this report."
+    )
+    if tests is not None and len(tests) and tests["p_smallest"].notna().any():
+        least = tests.loc[tests["p_smallest"].idxmin()]
+        text += (
+            f"\n\nWith {least['n_patients']:,} patients, no p can fall below {least['p_smallest']:.2g}, even before "
+            "Holm's correction."
+        )
     tables = {
-        "The models, by class.": table,
+        "By net and class. Dice is pooled, with its 95 % interval; surface figures are means over cases; the column "
+        "precision is that of the arithmetic in training.": table,
         "Paired Wilcoxon tests over patients; p (Holm) is corrected for the number of tests.": tests,
     }
     return _optional("Baselines of our own", text, command, tables)
 
 
-def external_section(table: pd.DataFrame | None, command: str = "kedro run --pipeline=evaluate_external") -> Section:
-    """Masks that another program made of the test series."""
+def external_section(
+    table: pd.DataFrame | None,
+    left_out: pd.DataFrame | None,
+    command: str = "kedro run --pipeline=evaluate_external",
+) -> Section:
+    """Masks that another program made of the series.
+
+    Args:
+        table: metrics by class.
+        left_out: series, file, outcome, found, expected, what_to_do of the series without a usable mask.
+    """
     text = "Masks of another program, scored in the same way on the series it has masks of. They have no soft Dice."
-    return _optional("External predictions", text, command, {"External predictions, by class.": table})
+    tables = {"External predictions, by class.": table, "Series that were not scored.": left_out}
+    return _optional("External predictions", text, command, tables)
 
 
 def apta_section(table: pd.DataFrame | None, command: str = "kedro run --pipeline=apta_audit") -> Section:
@@ -880,15 +953,33 @@ def _optional(title: str, text: str, command: str, tables: Mapping[str, pd.DataF
     return Section(title, [Text(text), *(Table(table, caption, _PROBABILITIES) for caption, table in present.items())])
 
 
-def provenance_section(manifest: Mapping[str, Any], facts: Mapping[str, Any], parameters: Mapping[str, Any]) -> Section:
+_MODEL_SECTIONS = ("model", "loss", "training", "augmentation")
+_EVALUATION_SECTIONS = ("evaluation", "paper_protocol")
+NOT_RECORDED = "not recorded"
+
+
+def provenance_section(
+    manifest: Mapping[str, Any], record: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> Section:
     """Where the figures come from, and whom to cite.
 
+    What is shown is what the model and its figures were made with, which a later configuration may not say.
+
     Args:
-        manifest: of the model input; its hashes are shown.
-        facts: of the run: git commit, command, time, versions, MLflow run; in the order to show them.
-        parameters: all of the run, nested as they are in the configuration.
+        manifest: of the model input, with its hashes and `settings`.
+        record: of the training; `settings` (model, loss, training, augmentation), git_commit and git_changed are
+            called not recorded where an older record lacks them.
+        evaluation: the settings `evaluation` and `paper_protocol` that the figures were made with, git_commit and
+            git_changed; the same.
     """
     hashes = {name: manifest[name] for name in ("data_kind", "data_hash", "split_hash", "content_hash")}
+    commits = {"trained_at_git_commit": _commit(record), "evaluated_at_git_commit": _commit(evaluation)}
+    trained = record.get("settings", {})
+    parameters = (
+        dict(manifest["settings"])
+        | {name: trained.get(name, NOT_RECORDED) for name in _MODEL_SECTIONS}
+        | {name: evaluation.get(name, NOT_RECORDED) for name in _EVALUATION_SECTIONS}
+    )
     text = NOT_A_DEVICE
     if manifest["data_kind"] != "synthetic":
         text += f"\n\n{SPIDER_CITATION}"
@@ -900,10 +991,16 @@ def provenance_section(manifest: Mapping[str, Any], facts: Mapping[str, Any], pa
         "Provenance",
         [
             Text(text),
-            Table(_settings({**facts, **hashes}), "The run and its data."),
-            Table(_settings(parameters), "Parameters, seeds among them."),
+            Table(_settings(commits | hashes), "The code and the data."),
+            Table(_settings(parameters), "Parameters of the model and of its evaluation, seeds among them."),
         ],
     )
+
+
+def _commit(facts: Mapping[str, Any]) -> str:
+    """The commit that something was made at; changes that no commit holds are not hidden behind it."""
+    changed = str(facts.get("git_changed", "")).lower() == "true"
+    return facts.get("git_commit", NOT_RECORDED) + (", with uncommitted changes" if changed else "")
 
 
 def _settings(values: Mapping[str, Any]) -> pd.DataFrame:

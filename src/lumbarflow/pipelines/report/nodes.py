@@ -124,7 +124,7 @@ def write_report(
 
 
 def _commit(summary: dict[str, Any]) -> dict[str, Any]:
-    return {name: summary[name] for name in ("git_commit",) if name in summary}
+    return {name: summary[name] for name in ("git_commit", "git_changed") if name in summary}
 
 
 def _run_times(run_times: dict[str, Any]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from lumbarflow.store import SeriesStore, Work
 SETTINGS = {
     "batch_size": 64,  # all slices at once: the net below scales its greys to what it sees
     "metrics": {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 0.0},
-    "intervals": {"samples": 50, "level": 0.95, "seed": 0},
+    "intervals": {"samples": 50, "seed": 0},
 }
 TABLE = LabelTable({"vertebrae": [1], "canal": [100], "IVD": [201]})
 TOLERANCES = {"spacing_mm": 1e-3, "origin_mm": 1e-2, "direction": 1e-4}
@@ -178,5 +178,5 @@ def test_a_misspelt_setting_is_an_error():
     with pytest.raises(ValueError, match="unknown setting evaluation.batch"):
         evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | {"batch": 1})
     with pytest.raises(ValueError, match="unknown setting evaluation.intervals.sample"):
-        options = {"intervals": {"sample": 3, "level": 0.9, "seed": 0}}
+        options = {"intervals": {"sample": 3, "seed": 0}}
         evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | options)

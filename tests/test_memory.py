@@ -54,7 +54,7 @@ from lumbarflow.evaluation import Case, evaluate_cases
 settings = {
     "batch_size": 8,
     "metrics": {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 100.0},
-    "intervals": {"samples": 100, "level": 0.95, "seed": 0},
+    "intervals": {"samples": 100, "seed": 0},
 }
 peak = 0
 

@@ -196,7 +196,7 @@ def evaluate_cases(cases: Iterable[Case], settings: Mapping[str, Any], ceiling: 
 
 def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> pd.DataFrame:
     options = settings["intervals"]
-    check_names(options, ("samples", "level", "seed"), "evaluation.intervals")
+    check_names(options, ("samples", "seed"), "evaluation.intervals")
     columns = [*metrics.figure_columns(settings["metrics"]["nsd_tolerances_mm"]), "detection_rate"]
     of_cases = statistics.patient_bootstrap(by_case, columns, by=["class"], **options)
     pooled = statistics.pooled_bootstrap(patients, metrics.SCORES, **options)

@@ -306,6 +306,15 @@ def test_subsets_are_read_whatever_their_case_and_unknown_ones_are_an_error():
         inventory_of({"new_file_name": "1_t1", "subset": "test"})
 
 
+def test_one_sequence_alone_can_be_used_and_the_others_are_named():
+    files = ["1_t1.mha", "1_t2.mha", "1_t2_SPACE.mha", "odd.mha"]
+    found = take_inventory(files, files, [], SEQUENCES, only="t2")
+    assert [scan.series for scan in found.scans] == ["1_t2", "odd"], "a name that fits nothing is still a problem"
+    assert found.unused == ["1_t1", "1_t2_SPACE"]
+    with pytest.raises(ValueError, match=r"ingest.only is 'T2'; expected null or one of t1, t2, t2_SPACE"):
+        take_inventory(files, files, [], SEQUENCES, only="T2")
+
+
 def test_rows_that_name_a_file_belong_to_its_series():
     found = inventory_of({"new_file_name": "1_t1.mha", "subset": ""}, {"new_file_name": "1_t2.nii.gz", "subset": ""})
     assert [scan.row is not None for scan in found.scans] == [True, True]

@@ -71,15 +71,21 @@ class Inventory:
         scans: series with at least one file, by name.
         absent: rows of the overview without any file (a partial copy is normal).
         ignored: files that are no volumes.
+        unused: series of sequences that were not asked for.
     """
 
     scans: list[Scan] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 def take_inventory(
-    images: Sequence[str], masks: Sequence[str], overview: Sequence[Mapping[str, Any]], sequences: Sequence[str]
+    images: Sequence[str],
+    masks: Sequence[str],
+    overview: Sequence[Mapping[str, Any]],
+    sequences: Sequence[str],
+    only: str | None = None,
 ) -> Inventory:
     """Pair images with masks and with their rows.
 
@@ -87,10 +93,13 @@ def take_inventory(
         images, masks: file names in the two folders.
         overview: rows with at least `new_file_name`; others, such as `subset`, are kept.
         sequences: names that a series may end in, e.g. t1, t2, t2_SPACE.
+        only: the one of them to use; None for all.
     Raises:
-        ValueError: a subset that is neither empty nor one of SUBSETS; taken for empty, it would let official test
+        ValueError: `only` is none of the sequences; or a subset that is neither empty nor one of SUBSETS; taken for empty, it would let official test
             patients train.
     """
+    if only is not None and only not in sequences:
+        raise ValueError(f"ingest.only is {only!r}; expected null or one of {', '.join(sequences)}")
     inventory = Inventory()
     # Some list the series by its file's name.
     rows = {split_volume_name(str(row["new_file_name"]).strip())[0]: _with_subset(row) for row in overview}
@@ -109,6 +118,9 @@ def take_inventory(
     pattern = re.compile(rf"(?P<patient>.+?)_(?P<sequence>{'|'.join(map(re.escape, sequences))})")
     for series, found in sorted(files.items()):
         match = pattern.fullmatch(series)
+        if match and only not in (None, match["sequence"]):
+            inventory.unused.append(series)
+            continue
         problem = None
         if match is None:
             problem = (

@@ -135,3 +135,10 @@ def test_an_interrupted_ingest_goes_on_where_it_was(raw, kedro_run, caplog, monk
     with caplog.at_level(logging.INFO):
         kedro_run("ingest", raw_dir=str(raw))
     assert "ingest: 3 made, 2 unchanged" in caplog.text
+
+
+def test_one_sequence_alone_is_ingested_and_the_others_are_one_count(raw, kedro_run):
+    catalog = kedro_run("ingest", raw_dir=str(raw), ingest={"only": "t2"})
+    assert catalog.load("series_index")["series"].tolist() == ["1_t2", "2_t2", "4_t2"]
+    ignored = catalog.load("ingest_report").query("outcome == 'ignored'")
+    assert "2 series of other sequences" in set(ignored["found"])

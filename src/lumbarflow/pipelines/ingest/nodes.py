@@ -45,7 +45,7 @@ def ingest_series(
     raw_dir: str,
 ) -> dict[str, Work]:
     """Plan the check and reorientation of every series; each runs only if its files or settings have changed."""
-    check_names(settings, ("sequences", "tolerances", "max_rejected_fraction"), "ingest")
+    check_names(settings, ("sequences", "only", "tolerances", "max_rejected_fraction"), "ingest")
     check_names(labels, ("method", "table"), "labels")
     if labels["method"] not in LABEL_METHODS:
         raise ValueError(f"labels.method is {labels['method']!r}; expected one of {', '.join(LABEL_METHODS)}")
@@ -113,6 +113,9 @@ def report_ingest(
         rows.append(row)
     for file in inventory.ignored:
         rows.append({"file": file, "outcome": IGNORED, "found": "not a volume file"})
+    if inventory.unused:
+        found = f"{len(inventory.unused)} series of other sequences"
+        rows.append({"file": "images", "outcome": IGNORED, "found": found, "what_to_do": "nothing: see ingest.only"})
     if inventory.absent:
         found = f"{len(inventory.absent)} rows of overview.csv have no files"
         rows.append(
@@ -155,7 +158,9 @@ def _inventory(images: Files, masks: Files, overview: pd.DataFrame, settings: di
         raise ValueError(
             f"overview.csv has the columns {list(overview.columns)[:5]}...; expected 'new_file_name' among them"
         )
-    return take_inventory(list(images), list(masks), overview.to_dict("records"), settings["sequences"])
+    return take_inventory(
+        list(images), list(masks), overview.to_dict("records"), settings["sequences"], settings["only"]
+    )
 
 
 def digest_of(digests: Files, name: str | None) -> str | None:

@@ -95,8 +95,8 @@ def take_inventory(
         sequences: names that a series may end in, e.g. t1, t2, t2_SPACE.
         only: the one of them to use; None for all.
     Raises:
-        ValueError: `only` is none of the sequences; or a subset that is neither empty nor one of SUBSETS; taken for empty, it would let official test
-            patients train.
+        ValueError: `only` is none of the sequences; or a subset that is neither empty nor one of SUBSETS; taken for
+            empty, it would let official test patients train.
     """
     if only is not None and only not in sequences:
         raise ValueError(f"ingest.only is {only!r}; expected null or one of {', '.join(sequences)}")

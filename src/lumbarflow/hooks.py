@@ -113,9 +113,12 @@ class RunHooks:
         for name in _TO_LOOK_AT:
             if name in self._made:
                 lines.append(f"see {getattr(catalog.get(name), '_filepath', name)}")
+        environment = f" --env={run_params['env']}" if run_params.get("env") else ""
         if "registration" in self._made:
-            lines.append("next: kedro mlflow ui (runs, models), kedro viz run (the pipeline)")
+            lines.append(
+                "next: kedro mlflow ui (runs, models), kedro viz run (the pipeline), kedro run --pipeline=report"
+                f"{environment} (all figures on one page)"
+            )
         elif names[-1] in _NEXT:
-            environment = f" --env={run_params['env']}" if run_params.get("env") else ""
             lines.append(f"next: {_NEXT[names[-1]]}{environment} (with the same --params)")
         return lines

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lumbarflow.apta import apta, audit, classes_from_greys, neighbourhood_passes, normalised_greys
+from lumbarflow.apta import (
+    apta,
+    audit,
+    classes_from_greys,
+    neighbourhood_passes,
+    normalised_greys,
+    summarise_audit,
+)
 
 AROUND = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]  # (x, y)
 BESIDE = [(1, 0), (-1, 0), (0, 1), (0, -1)]
@@ -201,3 +209,20 @@ def test_the_audit_tells_two_shapes():
         ValueError, match=r"APTA's classes have shape \(1, 4, 3\); expected the direct map's \(1, 3, 4\)"
     ):
         audit(np.zeros((1, 3, 4), np.uint8), np.zeros((1, 4, 3), np.uint8))
+
+
+def test_the_summary_pools_pixels_and_counts_slices():
+    # The canal: kept, halved, vanished, appeared, absent.
+    direct, changed = np.zeros((5, 2, 2), np.uint8), np.zeros((5, 2, 2), np.uint8)
+    direct[0, 0], changed[0, 0] = 2, 2
+    direct[1, 0], changed[1, 0, 0] = 2, 2
+    direct[2, 0, 0] = 2
+    changed[3, 1, 1] = 2
+    summary = summarise_audit(pd.DataFrame(audit(direct, changed))).set_index("class")
+    canal = summary.loc["canal"]
+    assert canal[["direct_pixels", "apta_pixels", "both_pixels", "gained", "lost"]].tolist() == [5, 4, 3, 1, 2]
+    assert canal["dice"] == pytest.approx(2 * 3 / 9)
+    assert canal["dice_slice_mean"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert canal["dice_lower_quarter"] == pytest.approx(1 / 3)  # half way from 0 to 2/3
+    assert canal[["slices", "vanished_slices", "appeared_slices"]].tolist() == [3, 1, 1]
+    assert np.isnan(summary.loc["IVD", "dice"]) and summary.loc["IVD", "slices"] == 0

@@ -163,9 +163,9 @@ def summarise_audit(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: of `audit`, all slices below each other.
     Returns:
-        class, the pixel counts of `audit` summed, dice (pooled over pixels), dice_slice_mean, dice_lower_quarter (a
-        quarter of the slices with the class have at most this), slices (where the direct map has the class) and
-        vanished_slices (those where APTA has none of it).
+        class, the pixel counts of `audit` summed, dice (pooled over pixels), then over the slices where the direct map
+        has the class: dice_slice_mean, dice_lower_quarter (a quarter of them have at most this), slices (their number)
+        and vanished_slices (those where APTA has none of it); last appeared_slices (where only APTA has the class).
     """
     summary = []
     for name, of_class in rows.groupby("class", sort=False):
@@ -181,6 +181,7 @@ def summarise_audit(rows: pd.DataFrame) -> pd.DataFrame:
                 "dice_lower_quarter": present["dice"].quantile(0.25),
                 "slices": len(present),
                 "vanished_slices": int(present["vanished"].sum()),
+                "appeared_slices": int(((of_class["direct_pixels"] == 0) & (of_class["apta_pixels"] > 0)).sum()),
             }
         )
     return pd.DataFrame(summary)

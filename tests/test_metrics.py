@@ -457,7 +457,9 @@ def test_the_tables_by_hand():
     assert canal["asd_mm"] == b["asd_mm"], "the missed one has no distance, which the count tells"
     dice = row(by_class, class_="vertebrae", scope="slice mean")["dice"]
     assert dice == pytest.approx((3 * (2 * 6 / 15) + 2 * (2 * 6 / 18)) / 5)
-    assert np.isnan(row(by_class, class_="vertebrae", scope="slice mean")["detection_rate"]), "components are of volumes"
+    assert np.isnan(row(by_class, class_="vertebrae", scope="slice mean")["detection_rate"]), (
+        "components are of volumes"
+    )
     last = row(by_class, class_="mean foreground", scope="pooled")
     pooled = pooled_of(cases).table()
     assert last["dice"] == pytest.approx(pooled["dice"][1:].mean())

@@ -24,6 +24,7 @@ from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.provenance import describe_training
 from lumbarflow.store import RECORD, SeriesStore, Work
+from lumbarflow.tracking import git_commit
 
 NETWORK, HISTORY = "model.keras", "history.json"
 COUNTS = ("n_cases", "n_surface", "n_nsd", "n_missing_prediction")
@@ -72,7 +73,7 @@ def training_work(
         return {
             NETWORK: partial(save_model, result.model),
             HISTORY: result.history,
-            RECORD: describe_training(result, model_input.manifest, run["settings"]),
+            RECORD: describe_training(result, model_input.manifest, run["settings"]) | git_commit("."),
         }
 
     return {run["entry"]: Work(run["key"], partial(train, name, run)) for name, run in plan.items()}

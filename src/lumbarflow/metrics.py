@@ -14,7 +14,7 @@ convention holds, at `CONVENTION` for every figure in this project:
 
 NaN also stands where something cannot be measured:
 
-- background: everything but the overlap figures;
+- background: everything but the overlap figures and soft Dice;
 - soft_dice without probabilities (masks from elsewhere);
 - surfaces, volumes and components of a case of which only some slices were tested (its column `whole` is False): the
   volume has gaps. Its overlap figures are over the tested slices;

@@ -4,7 +4,7 @@ They are not comparable with the literature: everything happens at the net's inp
 probabilities, and the surface figures are in pixels of a stack of slices of different patients, in which one slice's
 neighbour is any other one. Each of these choices is a setting, so that they can be changed one at a time.
 
-Source: arXiv 2409.06018 and the authors' code, as described in our docs.
+Source: arXiv 2409.06018 and the authors' code.
 """
 
 from __future__ import annotations

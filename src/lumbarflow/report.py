@@ -80,7 +80,7 @@ class Section:
 FLOATS = "z,.3f"  # z keeps a rounded -0.0001 from reading -0.000
 _WORDS = {"iou": "IoU", "asd": "ASD", "hd95": "HD95", "nsd": "NSD", "f1": "F1", "dice": "Dice", "sd": "SD"}
 _UNITS = ("mm", "mm3", "ml", "pixels", "seconds", "percent")
-_COUNTS = re.compile(r"^n_|_(voxels|components|pixels|n)$|^epochs?$")
+_COUNTS = re.compile(r"^n_|_(voxels|components|specks|pixels|n)$|^epochs?$")
 
 
 def heading(column: str) -> str:
@@ -402,7 +402,7 @@ def cohort_section(
     dropped = int((~slice_index["kept"]).sum())
     text = (
         f"{counts.get(ACCEPTED, 0):,} series of {series_index['patient'].nunique():,} patients were accepted, "
-        f"{counts.get(REJECTED, 0):,} rejected; {counts.get(IGNORED, 0):,} files were no volumes"
+        f"{counts.get(REJECTED, 0):,} rejected; {counts.get(IGNORED, 0):,} entries were ignored"
         f"{'; rows of overview.csv without files are counted below' if counts.get(ABSENT, 0) else ''}. "
         f"{int(series_index['synthetic'].astype(bool).sum()):,} of the accepted series are synthetic.\n\n"
         f"The slice filters left out {dropped:,} of {len(slice_index):,} slices."
@@ -691,6 +691,10 @@ def comparison_section(table: pd.DataFrame, png: bytes) -> Section:
         )
     if "†" in marks:
         meanings.append(F1_NOTE)
+        meanings.append(
+            "What explains the difference to the paper: the split (see `Cost of leakage`); the measures, "
+            "told apart by the two rows of our model; data, budget and selection of slices, not told apart here."
+        )
     # The class first: rows are compared within it.
     shown = table[["class", "mark", *(name for name in table.columns if name not in ("class", "mark"))]]
     return Section(
@@ -849,7 +853,10 @@ def hardware_section(record: Mapping[str, Any], run_times: pd.DataFrame) -> Sect
     """
     blocks: list[Block] = [Table(_settings(record["hardware"]), "The machine that trained.")]
     if len(run_times):
-        blocks.append(Table(run_times, "Run time by step.", {"seconds": ",.1f"}))
+        caption = (
+            "The last run of each pipeline; nets that had been trained before were taken, and their time is not in it."
+        )
+        blocks.append(Table(run_times, caption, {"seconds": ",.1f"}))
     else:
         blocks.append(Text("No run times were recorded."))
     return Section("Run time and hardware", blocks)
@@ -864,8 +871,8 @@ def leakage_section(table: pd.DataFrame | None, command: str = "kedro run --pipe
             `comparison.leakage_table`).
     """
     text = (
-        "The same model, trained and scored under both splits: what the figures gain when slices of one patient stand "
-        "on both sides."
+        "The same net, trained anew and scored under both splits: what the figures gain when slices of one patient "
+        "stand on both sides. Neither is the model of the rest of this report."
     )
     if table is not None and len(table):
         text = f"{text}\n\n{_leak(table)}"
@@ -886,8 +893,9 @@ def _leak(table: pd.DataFrame) -> str:
     change = f"adds {row['difference']:.3f} to" if row["difference"] >= 0 else f"takes {-row['difference']:.3f} from"
     return (
         f"Splitting by slice {change} the pooled mean foreground Dice ({row['slice_split']:.3f} against "
-        f"{row['patient_split']:.3f}{spread}). Both nets had the same budget of {row['epochs']:,} epochs. Their test "
-        f"slices differ: {row['slice_n']:,} were scored of the split by slice, {row['patient_n']:,} of that by patient."
+        f"{row['patient_split']:.3f}{spread}). Both nets had the same budget of {row['epochs']:,} epochs. It is one "
+        f"seed, the test slices differ ({row['slice_n']:,} of the split by slice, {row['patient_n']:,} of that by "
+        "patient), and the split by slice trains on slices of nearly all patients."
     )
 
 
@@ -901,8 +909,8 @@ def baselines_section(
         tests: see `statistics.paired_wilcoxon`.
     """
     text = (
-        "Each of these was trained for this comparison, under one budget and on the same split, and scored in the same "
-        "way; the paper's net as well, which is not the model of the rest of this report."
+        "Each net was trained for this comparison, under one budget and on the same split, and scored in the same way; "
+        "the paper's net as well, which is not the model of the rest of this report. An atlas is counted, not trained."
     )
     if tests is not None and len(tests) and tests["p_smallest"].notna().any():
         least = tests.loc[tests["p_smallest"].idxmin()]
@@ -944,12 +952,15 @@ def apta_section(table: pd.DataFrame | None, command: str = "kedro run --pipelin
 
 
 def _optional(title: str, text: str, command: str, tables: Mapping[str, pd.DataFrame | None]) -> Section:
-    """A section of tables that another pipeline makes: empty before it has run, None if they are of other data."""
+    """A section of tables that another pipeline makes: empty before it has run, None if they are not of this data."""
+    makes = f"`{command}`, with the `--env` and the `--params` of this run, makes"
     if any(table is None for table in tables.values()):
-        return Section(title, [Text(f"Left out: what is there was made from other data. `{command}` makes it anew.")])
+        return Section(
+            title, [Text(f"Left out: what is there was made from other data, or does not say. {makes} it anew.")]
+        )
     present = {caption: table for caption, table in tables.items() if len(table)}
     if not present:
-        return Section(title, [Text(f"Not part of this run. `{command}` makes it.")])
+        return Section(title, [Text(f"Not part of this run. {makes} it.")])
     return Section(title, [Text(text), *(Table(table, caption, _PROBABILITIES) for caption, table in present.items())])
 
 

@@ -128,5 +128,5 @@ def _commit(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_times(run_times: dict[str, Any]) -> pd.DataFrame:
-    rows = [{"pipeline": name} | row for name, row in run_times.items()]
-    return pd.DataFrame(rows, columns=["pipeline", "seconds", "finished", "git_commit"])
+    rows = [{"pipeline": name} | row for name, row in run_times.items() if name != "report"]
+    return pd.DataFrame(rows, columns=["pipeline", "seconds", "finished", "git_commit", "git_changed"])

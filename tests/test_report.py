@@ -684,9 +684,9 @@ def test_the_leak_is_said_in_a_sentence(leakage):
     section = report.leakage_section(leakage)
     assert words(section).endswith(
         "Splitting by slice adds 0.008 to the pooled mean foreground Dice (0.926 against 0.919, 95 % intervals 0.922 "
-        "to 0.931 and 0.905 to 0.929). Both nets had the same budget of 20 epochs. It is one seed, "
-        "the test slices differ (1,120 of the split by slice, 118 of that by patient), and the split by slice trains on "
-        "slices of nearly all patients."
+        "to 0.931 and 0.905 to 0.929). Both nets had the same budget of 20 epochs. It is one seed, the test "
+        "slices differ (1,120 of the split by slice, 118 of that by patient), and the split by slice trains on slices "
+        "of nearly all patients."
     )
     assert frames(section)[0] is leakage
 

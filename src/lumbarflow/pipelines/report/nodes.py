@@ -49,26 +49,6 @@ def compare_with_published(
     return table, table
 
 
-def draw_report_figures(
-    history: pd.DataFrame,
-    predictions: SeriesStore,
-    series: SeriesStore,
-    model_input: ModelInput,
-    by_case: pd.DataFrame,
-    confusion: dict[str, Any],
-    comparison: pd.DataFrame,
-) -> tuple[Any, ...]:
-    """Training curves, the cases' figures, the comparison, overlays and confusion matrix: the report's pictures."""
-    overlays, _ = choose_overlays(predictions, series, by_case, model_input)
-    return (
-        figures.training_curves(history),
-        figures.case_distribution(by_case),
-        figures.comparison_figure(comparison),
-        figures.overlay_figure(overlays),
-        figures.confusion_figure(np.array(confusion["counts"])),
-    )
-
-
 def write_report(
     ingest_report: pd.DataFrame,
     series_index: pd.DataFrame,
@@ -93,13 +73,16 @@ def write_report(
     external: pd.DataFrame,
     external_report: pd.DataFrame,
     apta_audit: pd.DataFrame,
-) -> tuple[str, str]:
-    """The report as HTML and as Markdown; what optional pipelines make is in it once they have run."""
+) -> tuple[Any, ...]:
+    """The report as HTML and Markdown, then its pictures; what optional pipelines make is in it once they have run."""
     manifest = model_input.manifest
     leakage, baselines, baseline_tests, external, apta_audit = (
         unmarked_if_of(table, manifest) for table in (leakage, baselines, baseline_tests, external, apta_audit)
     )
     overlays, chosen = choose_overlays(predictions, series, by_case, model_input)
+    curves, cases = figures.training_curves(history), figures.case_distribution(by_case)
+    compared, shown = figures.comparison_figure(comparison), figures.overlay_figure(overlays)
+    shares = figures.confusion_figure(np.array(confusion["counts"]))
     left_out = external_report[external_report["outcome"] != ACCEPTED] if len(external_report) else external_report
     title = "lumbarflow: segmentation of the lumbar spine on MRI"
     sections = [
@@ -107,20 +90,21 @@ def write_report(
         report.cohort_section(ingest_report, series_index, slice_index, filter_rules),
         report.split_section(split, series_index, manifest),
         report.metrics_section(by_class, intervals),
-        report.comparison_section(comparison, png(figures.comparison_figure(comparison))),
+        report.comparison_section(comparison, png(compared)),
         report.baselines_section(baselines, baseline_tests),
         report.leakage_section(leakage),
-        report.training_section(history, training_record, png(figures.training_curves(history))),
-        report.confusion_section(confusion, png(figures.confusion_figure(np.array(confusion["counts"])))),
-        report.cases_section(by_case, png(figures.case_distribution(by_case))),
-        report.overlays_section(chosen, png(figures.overlay_figure(overlays), dpi=100)),
+        report.training_section(history, training_record, png(curves)),
+        report.confusion_section(confusion, png(shares)),
+        report.cases_section(by_case, png(cases)),
+        report.overlays_section(chosen, png(shown, dpi=100)),
         report.ceiling_section(by_class, manifest),
         report.external_section(external, left_out),
         report.apta_section(apta_audit),
         report.hardware_section(training_record, _run_times(run_times)),
         report.provenance_section(manifest, training_record, summary["settings"] | _commit(summary)),
     ]
-    return report.to_html(title, sections), report.to_markdown(title, sections)
+    documents = report.to_html(title, sections), report.to_markdown(title, sections)
+    return (*documents, curves, cases, compared, shown, shares)
 
 
 def _commit(summary: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from lumbarflow.pipelines.report.nodes import compare_with_published, draw_report_figures, write_report
+from lumbarflow.pipelines.report.nodes import compare_with_published, write_report
 
 
 def create_pipeline(**kwargs) -> Pipeline:
@@ -24,27 +24,6 @@ def create_pipeline(**kwargs) -> Pipeline:
                 ],
                 outputs=["comparison", "comparison_csv"],
                 name="compare_with_published",
-            ),
-            node(
-                draw_report_figures,
-                inputs=[
-                    "training_history",
-                    "predictions",
-                    "ingested_series",
-                    "model_input",
-                    "metrics_by_case",
-                    "confusion_matrix",
-                    "comparison",
-                ],
-                outputs=[
-                    "training_figure",
-                    "cases_figure",
-                    "comparison_figure",
-                    # Drawn by evaluate too; here once more, so that the MLflow run of the report has all its pictures.
-                    "overlays_figure",
-                    "confusion_figure",
-                ],
-                name="draw_report_figures",
             ),
             node(
                 write_report,
@@ -73,7 +52,16 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "external_report_csv",
                     "apta_audit_summary_csv",
                 ],
-                outputs=["report_html", "report_markdown"],
+                outputs=[
+                    "report_html",
+                    "report_markdown",
+                    "training_figure",
+                    "cases_figure",
+                    "comparison_figure",
+                    # Drawn by evaluate too; here once more, so that the MLflow run of the report has all its pictures.
+                    "overlays_figure",
+                    "confusion_figure",
+                ],
                 name="write_report",
             ),
         ],

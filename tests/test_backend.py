@@ -136,3 +136,38 @@ def test_a_seed_fixes_initial_weights():
     first = weights(5)
     assert np.array_equal(first, weights(5))
     assert not np.array_equal(first, weights(6))
+
+
+def test_on_one_device_nothing_is_summed_over_replicas():
+    arrays = [np.ones(2), np.ones(3)]
+    assert backend.sum_over_replicas(arrays) is arrays
+
+
+def test_arrays_and_gradients_are_summed_over_replicas():
+    # Replica 0 has 1 and [10, 20], replica 1 has 2 and [20, 40]. d(a ** 2)/da is 2 * 3 on each, and the gradients of
+    # two equal results come back together.
+    code = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from lumbarflow.backend import load_keras, sum_over_replicas
+load_keras()
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+@tf.function
+def replica():
+    x = tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.float32) + 1
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        a, b = sum_over_replicas([x, x * tf.constant([10.0, 20.0])])
+        squared = a ** 2
+    return a, b, tape.gradient(squared, x)
+
+for values in strategy.run(replica):
+    print([value.numpy().tolist() for value in strategy.experimental_local_results(values)])
+with strategy.scope():
+    print(sum_over_replicas(5))
+"""
+    finished = run_python(code)
+    told = ["[3.0, 3.0]", "[[30.0, 60.0], [30.0, 60.0]]", "[12.0, 12.0]", "5"]
+    assert finished.stdout.splitlines() == told, finished.stderr

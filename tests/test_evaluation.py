@@ -15,6 +15,7 @@ from lumbarflow.store import SeriesStore, Work
 
 SETTINGS = {
     "batch_size": 64,  # all slices at once: the net below scales its greys to what it sees
+    "test_time_augmentation": {"shift": 0.0, "rotation_degrees": 0.0},
     "metrics": {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 0.0},
     "intervals": {"samples": 50, "seed": 0},
 }
@@ -24,6 +25,8 @@ TOLERANCES = {"spacing_mm": 1e-3, "origin_mm": 1e-2, "direction": 1e-4}
 
 class GreyIsClass:
     """Sees the classes in the grey values: 0, 1, 2 or 3 standard steps above the darkest."""
+
+    input_shape = (None, 64, 64, 1)
 
     def __init__(self):
         self.slices = 0
@@ -79,7 +82,7 @@ def predict(series, tmp_path, tested=None):
         return net
 
     def update():
-        return predictions.update(prediction_work(load, "weights", "network", data, series, SETTINGS["batch_size"]))
+        return predictions.update(prediction_work(load, "weights", "network", data, series, SETTINGS))
 
     return data, predictions, update, net, loads
 
@@ -109,8 +112,14 @@ def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_pa
     assert update().made == []
     assert (net.slices, len(loads)) == (slices, 1)
     for changed in (("other weights", "network"), ("other weights", "other network")):
-        again = prediction_work(lambda: net, *changed, data, series, SETTINGS["batch_size"])
+        again = prediction_work(lambda: net, *changed, data, series, SETTINGS)
         assert predictions.update(again).made == ["1_t1", "2_t1"]
+    turned = SETTINGS | {"test_time_augmentation": {"shift": 0.1}}
+    again = prediction_work(lambda: net, "other weights", "other network", data, series, turned)
+    assert predictions.update(again).made == ["1_t1", "2_t1"]
+    # The figures' settings do not touch predictions.
+    again = prediction_work(lambda: net, "other weights", "other network", data, series, turned | {"metrics": {}})
+    assert predictions.update(again).made == []
 
 
 def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path):
@@ -126,6 +135,25 @@ def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path
     assert len({round(length, 3) for length in cases[0].spacing_mm}) == 3
     whole = read_case(series, predictions, "1_t1")
     assert whole.tested.tolist() == list(range(len(whole.reference)))
+
+
+def test_another_side_can_be_predicted_and_scored_without_the_test_patients(series, tmp_path):
+    manifest = model_input(series).manifest | {"sides": {"train": {}, "validation": {"2_t1": [1, 3]}, "test": {}}}
+    manifest["sides"]["test"] = {"1_t1": [0, 2]}
+    data, predictions = ModelInput(series.root.parent, manifest), SeriesStore(tmp_path / "predictions")
+    work = prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS, side="validation")
+    assert predictions.update(work).made == ["2_t1"]
+    cases = list(predicted_cases(manifest, series, predictions, side="validation"))
+    assert [(case.series, case.tested.tolist()) for case in cases] == [("2_t1", [1, 3])]
+    assert list(prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS)) == ["1_t1"]
+
+
+def test_an_unknown_side_is_named(series):
+    data = model_input(series)
+    with pytest.raises(ValueError, match=r"side is 'val'; expected one of train, validation, test"):
+        prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS, side="val")
+    with pytest.raises(ValueError, match=r"side is 'val'; expected one of train, validation, test"):
+        list(predicted_cases(data.manifest, series, series, side="val"))
 
 
 def case(name, patient, reference, prediction, **more) -> Case:

@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lumbarflow.augmentation import Augmentation, apply_augmentation
 from lumbarflow.imaging import SAGITTAL_AXES, Volume
-from lumbarflow.inference import Segmenter, weights_digest
+from lumbarflow.inference import Segmenter
+from lumbarflow.resampling import InPlaneGrid
+from lumbarflow.training_record import weights_digest
 
 SETTINGS = {"size": [16, 16], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100], "batch_size": 2}
 
 
 class ByIntensity:
     """A stand-in for a net: bright pixels are canal, middling ones vertebrae, dark ones background."""
+
+    input_shape = (None, 16, 16, 1)
 
     def __init__(self):
         self.batches: list[tuple[int, ...]] = []
@@ -58,6 +65,176 @@ def test_memory_is_that_of_a_batch_and_the_result_does_not_depend_on_it():
     assert net.batches == [(2, 16, 16, 1), (2, 16, 16, 1), (1, 16, 16, 1)]
     other = Segmenter(ByIntensity(), SETTINGS | {"batch_size": 5}).labels(slices(5), (1.0, 1.0))
     np.testing.assert_array_equal(labels, other)
+
+
+class Recorded:
+    """A net that keeps what it is shown and finds background everywhere."""
+
+    def __init__(self, *size: int, channels: int = 1):
+        self.input_shape = (None, *size, channels)
+        self.shown: list[np.ndarray] = []
+
+    def predict(self, images, batch_size, verbose):
+        self.shown.append(images)
+        return np.eye(4, dtype=np.float32)[np.zeros(images.shape[:3], int)]
+
+
+@pytest.mark.parametrize(("neighbours", "batch_size"), [(1, 2), (2, 2), (2, 3), (7, 1), (1, 5)])
+@pytest.mark.parametrize("normalisation", ["z_score", "column_l2"])
+def test_neighbouring_slices_are_channels(neighbours, batch_size, normalisation, monkeypatch):
+    scan = np.random.default_rng(3).integers(0, 900, (5, 9, 7)).astype(np.int16)
+    settings = SETTINGS | {"size": [6, 8], "batch_size": batch_size, "normalisation": normalisation}
+    alone, net = Recorded(6, 8), Recorded(6, 8, channels=2 * neighbours + 1)
+    Segmenter(alone, settings | {"batch_size": 5}).labels(scan, (1.0, 0.6))
+    prepared = alone.shown[0][..., 0]
+
+    resampled = []
+    to_model = InPlaneGrid.to_model
+    monkeypatch.setattr(
+        InPlaneGrid,
+        "to_model",
+        lambda grid, part, outside: resampled.append(len(part)) or to_model(grid, part, outside),
+    )
+    labels = Segmenter(net, settings).labels(scan, (1.0, 0.6))
+    assert labels.shape == scan.shape
+    assert sum(resampled) == 5, "each slice once"
+    assert max(resampled) <= batch_size + neighbours, "not the whole series"
+    shown = np.concatenate(net.shown)
+    assert (shown.dtype, shown.shape) == (np.float32, (5, 6, 8, 2 * neighbours + 1))
+    padded = np.pad(prepared, ((neighbours, neighbours), (0, 0), (0, 0)), mode="edge")
+    for index in range(5):
+        expected = np.moveaxis(padded[index : index + 2 * neighbours + 1], 0, -1)
+        np.testing.assert_array_equal(shown[index], expected)
+
+
+def test_a_net_without_a_middle_channel_is_an_error():
+    with pytest.raises(ValueError, match=r"the net takes 4 channels; expected an odd number.*2 \* neighbours \+ 1"):
+        Segmenter(Recorded(16, 16, channels=4), SETTINGS)
+
+
+def augmented(shift=0.0, degrees=0.0, **changes) -> dict:
+    return SETTINGS | changes | {"test_time_augmentation": {"shift": shift, "rotation_degrees": degrees}}
+
+
+class ByPlace:
+    """A net that says the same whatever it sees: class 1 in the first row, background below."""
+
+    input_shape = (None, 4, 8, 1)
+
+    def predict(self, images, batch_size, verbose):
+        classes = np.zeros(images.shape[:3], int)
+        classes[:, 0] = 1
+        return np.eye(2, dtype=np.float32)[classes]
+
+
+def test_shifted_views_are_averaged_where_they_show_a_pixel():
+    # 0.25 of 4 x 8: one row and two columns. Shown down, a pixel is found in the row below; so row 1, shown up, is
+    # where the net says class 1. Row 0 cannot be seen in what was shown up, row 3 not in what was shown down, and the
+    # outer two columns only in what was shown the other way.
+    probabilities = Segmenter(ByPlace(), augmented(0.25, size=[4, 8])).predict(np.zeros((3, 4, 8, 1), np.float32))
+    middle = [3 / 4, 1 / 5, 0, 0]
+    outer = [2 / 3, 1 / 4, 0, 0]
+    expected = np.array([outer, outer, middle, middle, middle, middle, outer, outer]).T
+    for one in probabilities:
+        np.testing.assert_allclose(one[..., 1], expected, atol=1e-6)
+        np.testing.assert_allclose(one[..., 0], 1 - expected, atol=1e-6)
+
+
+def test_part_of_a_pixel_is_interpolated_there_and_back():
+    # 0.125 of 4 rows of two columns: half a row, a quarter of a column. The ramp goes down by 10 a row and along the
+    # columns not at all; each view differs from the ramp at the border alone, where half of it is air (the minimum, 0).
+    net = Recorded(4, 2)
+    ramp = np.repeat(np.array([0, 10, 20, 30], np.float32)[:, None], 2, axis=1)
+    Segmenter(net, augmented(0.125, size=[4, 2])).predict(ramp[None, ..., None])
+    assert len(net.shown) == 5
+    np.testing.assert_array_equal(net.shown[0][0, ..., 0], ramp)
+    np.testing.assert_allclose(net.shown[1][0, :, 0, 0], [0, 5, 15, 25])  # down
+    np.testing.assert_allclose(net.shown[2][0, :, 0, 0], [5, 15, 25, 15])  # up: 30 and 0 in its last row
+    np.testing.assert_allclose(net.shown[3][0, ..., 0], ramp * [0.75, 1])  # to the right
+
+
+def test_turned_views_are_averaged():
+    # By 90 degrees the net's first row comes back as the last column, and as the first.
+    class Square(ByPlace):
+        input_shape = (None, 3, 3, 1)
+
+    probabilities = Segmenter(Square(), augmented(0, 90, size=[3, 3])).predict(np.zeros((1, 3, 3, 1), np.float32))
+    np.testing.assert_allclose(probabilities[0, ..., 1] * 3, [[2, 1, 2], [1, 0, 1], [1, 0, 1]], atol=1e-5)
+
+
+def test_all_channels_are_moved_together():
+    net = Recorded(4, 8, channels=3)
+    images = np.random.default_rng(0).normal(size=(2, 4, 8, 3)).astype(np.float32)
+    Segmenter(net, augmented(0.25, 0, size=[4, 8])).predict(images)
+    down, up = net.shown[1], net.shown[2]
+    np.testing.assert_array_equal(down[:, 1:], images[:, :-1])
+    np.testing.assert_array_equal(up[:, :-1], images[:, 1:])
+    # One minimum over all channels is air, as in training.
+    np.testing.assert_array_equal(down[:, 0], np.broadcast_to(images.min(axis=(1, 2, 3))[:, None, None], (2, 8, 3)))
+
+
+def test_what_a_view_shows_is_what_training_would_show():
+    image = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(np.float32)
+    net = Recorded(9, 7, channels=3)
+    Segmenter(net, augmented(0.1, 12.5, size=[9, 7])).predict(image[None])
+    moves = [{"shift_rows": 0.9}, {"shift_rows": -0.9}, {"shift_columns": 0.7}, {"shift_columns": -0.7}]
+    moves += [{"rotation_degrees": 12.5}, {"rotation_degrees": -12.5}]
+    for shown, move in zip(net.shown[1:], moves, strict=True):
+        expected, _ = apply_augmentation(image, np.zeros((9, 7), int), Augmentation(**move))
+        np.testing.assert_allclose(shown[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "degrees"), [(0.125, 0), (0.25, 90), (0, 90)])
+def test_a_net_that_moves_with_its_input_decides_the_same(shift, degrees):
+    # It looks at one pixel at a time, and whole pixels are moved: every view says the same.
+    plain, moved = (Segmenter(ByIntensity(), settings) for settings in (SETTINGS, augmented(shift, degrees)))
+    np.testing.assert_array_equal(moved.labels(slices(), (1.0, 1.0)), plain.labels(slices(), (1.0, 1.0)))
+    probabilities = moved.probabilities(slices(), (1.0, 1.0))
+    np.testing.assert_allclose(probabilities, plain.probabilities(slices(), (1.0, 1.0)), atol=1e-6)
+
+
+class Blurred:
+    """A net of many-valued probabilities that depend on grey and place."""
+
+    def __init__(self, *size: int):
+        self.input_shape = (None, *size, 1)
+
+    def predict(self, images, batch_size, verbose):
+        ramp = np.linspace(-1, 1, images.shape[1])[:, None, None] * np.arange(4)
+        shares = np.exp(images * np.array([0.1, -0.3, 0.7, 0]) + ramp)
+        return (shares / shares.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 0.99), st.floats(0, 179))
+def test_averaged_probabilities_sum_to_1(height, width, shift, degrees):
+    segmenter = Segmenter(Blurred(height, width), augmented(shift, degrees, size=[height, width]))
+    images = np.random.default_rng(height).normal(size=(2, height, width, 1)).astype(np.float32)
+    probabilities = segmenter.predict(images)
+    assert (probabilities.shape, probabilities.dtype) == ((2, height, width, 4), np.float32)
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
+    assert probabilities.min() >= 0
+
+
+def test_off_is_the_net_alone():
+    images = np.random.default_rng(0).normal(size=(2, 9, 7, 1)).astype(np.float32)
+    net = Blurred(9, 7)
+    for settings in (augmented(size=[9, 7]), SETTINGS | {"size": [9, 7]}):
+        np.testing.assert_array_equal(Segmenter(net, settings).predict(images), net.predict(images, 2, 0))
+    assert np.any(Segmenter(net, augmented(0.1, size=[9, 7])).predict(images) != net.predict(images, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shift": -0.1}, r"test_time_augmentation.shift is -0.1; expected 0 or more, below 1; 0 is off"),
+        ({"shift": 1.0}, r"shift is 1.0; expected 0 or more, below 1"),
+        ({"rotation_degrees": float("nan")}, r"rotation_degrees is nan; expected 0 or more, below 180"),
+        ({"rotate": 5}, r"unknown setting evaluation.test_time_augmentation.rotate; expected some of \['shift'"),
+    ],
+)
+def test_impossible_test_time_augmentation_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Segmenter(ByIntensity(), SETTINGS | {"test_time_augmentation": settings})
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1)])

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lumbarflow.model_input import FORMAT_VERSION, ModelInput
+from lumbarflow.model_input import FORMAT_VERSION, ModelInput, neighbour_indices
 
 MANIFEST = {
     "format_version": FORMAT_VERSION,
@@ -59,6 +61,48 @@ def test_images_and_labels_are_views_of_the_mapped_files(root):
     assert np.shares_memory(image, opened.image("10_t2", 2))  # opened once
 
 
+@pytest.mark.parametrize(
+    ("index", "neighbours", "expected"),
+    [
+        (2, 0, [2]),
+        (2, 1, [1, 2, 3]),
+        (0, 1, [0, 0, 1]),
+        (4, 2, [2, 3, 4, 4, 4]),
+        (1, 6, [0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 4, 4, 4]),  # further than the series on both sides
+        (np.array([0, 3, 4]), 1, [[0, 0, 1], [2, 3, 4], [3, 4, 4]]),
+    ],
+)
+def test_neighbours_go_from_left_to_right_and_the_outermost_slice_is_repeated(index, neighbours, expected):
+    indices = neighbour_indices(index, 5, neighbours)
+    assert indices.tolist() == expected
+    assert np.issubdtype(indices.dtype, np.integer)
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.data())
+def test_neighbours_are_as_the_slices_of_a_padded_series(count, neighbours, data):
+    index = data.draw(st.integers(0, count - 1))
+    padded = np.pad(np.arange(count), neighbours, mode="edge")
+    expected = padded[index : index + 2 * neighbours + 1]
+    np.testing.assert_array_equal(neighbour_indices(index, count, neighbours), expected)
+
+
+def test_impossible_neighbours_are_errors():
+    with pytest.raises(ValueError, match=r"neighbours is -1; expected 0 or more slices on each side"):
+        neighbour_indices(0, 3, -1)
+    # Cut off like a neighbour's, such an index would quietly become another slice.
+    for index in (-1, 3):
+        with pytest.raises(ValueError, match=rf"slice {index} of a series of 3; expected 0 to 2"):
+            neighbour_indices(index, 3, 1)
+
+
+def test_neighbours_are_channels_whatever_side_they_stand_on(root):
+    opened = ModelInput.open(root)
+    image = opened.image("10_t2", 0, neighbours=2)  # slice 1 is for validation
+    assert (image.shape, image.dtype) == ((4, 6, 5), np.float16)
+    for channel, source in enumerate([0, 0, 0, 1, 2]):
+        np.testing.assert_array_equal(image[..., channel], opened.image("10_t2", source))
+
+
 def test_nothing_is_read_before_it_is_asked_for(root):
     (root / "series/10_t2/images.npy").unlink()
     opened = ModelInput.open(root)
@@ -76,8 +120,11 @@ def test_open_files_are_bounded(root, monkeypatch):
 
 
 def test_the_segmenter_prepares_slices_as_this_folder_did(root):
-    assert ModelInput.open(root).segmenter_settings(8) == {
+    turned = {"shift": 0.0, "rotation_degrees": 5.0}
+    evaluation = {"batch_size": 8, "test_time_augmentation": turned, "metrics": {}}
+    assert ModelInput.open(root).segmenter_settings(evaluation) == {
         "size": [4, 6], "keep_aspect": False, "normalisation": "z_score", "percentiles": [1, 99], "batch_size": 8,
+        "test_time_augmentation": turned,
     }  # fmt: skip
 
 

@@ -34,6 +34,8 @@ SETTINGS = {
     "normalisation": "z_score",
     "percentiles": [0.5, 99.5],
     "batch_size": 2,
+    # Above 0: what is served must be what was evaluated, with it.
+    "test_time_augmentation": {"shift": 0.1, "rotation_degrees": 5.0},
 }
 SPACING = [1.0, 0.5]
 CANDIDATE = ModelFacts(
@@ -382,8 +384,9 @@ def test_model_that_does_not_predict_is_not_registered(store, register, tmp_path
 def test_missing_things_are_named(store, register, tmp_path):
     with pytest.raises(ValueError, match=r"absent\.keras: no such file; expected a trained net\. Run: kedro run"):
         register(tmp_path / "absent.keras")
-    with pytest.raises(ValueError, match=r"settings lack \['batch_size'\]; expected \['size'"):
-        register(settings={key: value for key, value in SETTINGS.items() if key != "batch_size"})
+    for name in ("batch_size", "test_time_augmentation"):
+        with pytest.raises(ValueError, match=rf"settings lack \['{name}'\]; expected \['size'"):
+            register(settings={key: value for key, value in SETTINGS.items() if key != name})
     rows = [row for row in metrics() if row["scope"] != "pooled" or row["class"] != "canal"]
     with pytest.raises(ValueError, match=r"lacks \['canal'\] of the scope 'pooled'\. Run: kedro run --pipeline=eval"):
         register(scores=rows)
@@ -514,6 +517,7 @@ import lumbarflow
 def assert_pulled_equals_pipeline(python, model_uri, network, folder, environment=None):
     """Predict in another process, started in `folder`, and compare voxel by voxel with the pipeline's Segmenter."""
     slices = np.random.default_rng(1).integers(0, 900, (3, 20, 30)).astype(np.int16)
+    slices[:, 6:14, 9:21] += 900  # neither blur nor test-time augmentation averages this away
     np.save(folder / "slices.npy", slices)
     (folder / "pulled.py").write_text(PULLED)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW", "KERAS"))}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from lumbarflow.inference import Segmenter
 from lumbarflow.serving import SIGNATURE, LumbarSegmenter
 
 SETTINGS = {"size": [16, 12], "keep_aspect": True, "normalisation": "z_score", "percentiles": [0, 100], "batch_size": 2}
+TURNED = {"test_time_augmentation": {"shift": 0.1, "rotation_degrees": 5.0}}
 SPACING = [1.0, 0.5]
 
 
 class Bands:
     """Stands in for the net: the four classes by normalised intensity, parted at -0.5, 0 and 0.5."""
+
+    input_shape = (None, 16, 12, 1)
 
     def predict(self, images, batch_size, verbose):
         return np.eye(4, dtype=np.float32)[np.digitize(images[..., 0], [-0.5, 0.0, 0.5])]
@@ -49,6 +53,22 @@ def test_labels_and_probabilities_are_the_segmenters(model, slices):
     probabilities = model.predict(None, slices, {"pixel_spacing_mm": SPACING, "output": "probabilities"})
     assert probabilities.dtype == np.float32 and probabilities.shape == (3, 20, 30, 4)
     np.testing.assert_array_equal(probabilities, segmenter.probabilities(slices, (1.0, 0.5)))
+
+
+@pytest.mark.parametrize("more", [{}, TURNED])
+def test_the_record_says_how_to_serve_and_an_earlier_one_lacks_test_time_augmentation(
+    slices, tmp_path, monkeypatch, more
+):
+    (tmp_path / "segmenter.json").write_text(json.dumps({"settings": SETTINGS | more}))
+    monkeypatch.setattr("lumbarflow.training.load_model", lambda path: Bands())
+    served = LumbarSegmenter()
+    artifacts = {"network": "unread.keras", "segmenter": str(tmp_path / "segmenter.json")}
+    served.load_context(SimpleNamespace(artifacts=artifacts))
+    probabilities = served.predict(None, slices, {"pixel_spacing_mm": SPACING, "output": "probabilities"})
+    expected = Segmenter(Bands(), SETTINGS | more).probabilities(slices, (1.0, 0.5))
+    np.testing.assert_array_equal(probabilities, expected)
+    plain = Segmenter(Bands(), SETTINGS).probabilities(slices, (1.0, 0.5))
+    assert np.array_equal(probabilities, plain) == (not more)
 
 
 def test_the_first_spacing_is_that_of_the_rows(model, slices):

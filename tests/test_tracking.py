@@ -38,9 +38,26 @@ def test_an_epoch_is_the_step_of_its_figures(run):
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.9), (2, 0.4)]
 
 
+def test_a_child_run_takes_what_is_logged_meanwhile(run):
+    with tracking.child_run("trial 1", {"loss.alpha": 0.5, "widths": [8, 16]}):
+        tracking.log_epoch({"epoch": 1, "loss": 0.9})
+        tracking.tag_run({"state": "complete"})
+        child = mlflow.active_run().info
+    tracking.log_metrics({"dice": 0.5})
+    parent, data = mlflow.active_run().info, mlflow.MlflowClient().get_run(child.run_id).data
+    assert data.params == {"loss.alpha": "0.5", "widths": "[8, 16]"}
+    assert data.metrics == {"loss": 0.9} and data.tags["state"] == "complete"
+    assert (data.tags["mlflow.runName"], data.tags["mlflow.parentRunId"]) == ("trial 1", parent.run_id)
+    assert child.experiment_id == parent.experiment_id != "0"
+    assert run().metrics == {"dice": 0.5} and not run().params
+    assert mlflow.MlflowClient().get_run(child.run_id).info.status == "FINISHED"
+
+
 def test_without_a_run_nothing_is_written():
     tracking.tag_run({"a": 1})
     tracking.log_metrics({"a": 1})
+    with tracking.child_run("trial 1", {"a": 1}):
+        assert mlflow.active_run() is None
     assert mlflow.active_run() is None
 
 

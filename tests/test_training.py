@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import signal
 import subprocess
 import sys
 import zipfile
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 
 from lumbarflow import models, training
-from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.backend import load_keras
 from lumbarflow.model_input import FORMAT_VERSION, ModelInput
 from lumbarflow.training import SliceBatches, fit, load_model, save_model
@@ -54,6 +55,7 @@ def write_model_input(root, series: dict[str, tuple[str, np.ndarray, np.ndarray]
         "classes": {"0": "background", "1": "vertebrae", "2": "canal", "3": "ivd"},
         "series": {name: {"n_slices": len(images)} for name, (_, images, _) in series.items()},
         "sides": sides,
+        "content_hash": "abc",
     }
     (root / "manifest.json").write_text(json.dumps(manifest))
     return ModelInput.open(root)
@@ -130,10 +132,10 @@ def run(tmp_path_factory):
     )
     lines, read, read_slice = [], [], SliceBatches._slice
 
-    def recording(self, position):
+    def recording(self, position, place, epoch):
         if self.shuffle:
-            read.append((self.epoch, int(position)))
-        return read_slice(self, position)
+            read.append((epoch, position))
+        return read_slice(self, position, place, epoch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SliceBatches, "_slice", recording)
@@ -163,11 +165,11 @@ def test_history_has_one_complete_entry_for_each_epoch(run):
 
 
 def test_each_epoch_is_read_under_its_own_number_in_its_own_order(run):
-    expected = SliceBatches(run["model_input"], "train", 5, shuffle=True)
+    expected = SliceBatches(run["model_input"], "train", 2, shuffle=True)
     orders = []
     for epoch in range(3):
         expected.epoch = epoch
-        orders += [(epoch, int(position)) for position in expected.positions(0)]
+        orders += [(epoch, int(position)) for k in range(3) for position in expected.positions(k)]
     # Before the first epoch Keras reads its first two batches, of two slices each, to learn their shapes.
     assert run["read"] == orders[:4] + orders
 
@@ -212,9 +214,9 @@ def test_a_net_trained_in_bfloat16_can_compute_in_float32(run):
     assert 0 < difference < 0.05
 
 
-def test_the_output_folder_holds_the_best_net_and_nothing_else(run):
+def test_the_output_folder_holds_the_best_net_and_the_checkpoint(run):
     output = run["root"] / "output"
-    assert [path.name for path in output.iterdir()] == ["best.keras"]
+    assert sorted(path.name for path in output.iterdir()) == ["best.keras", "checkpoint.npz"]
     assert same_weights(load_model(output / "best.keras"), run["result"].model)
 
 
@@ -335,45 +337,6 @@ def test_an_atlas_knows_its_settings_by_name(model_input):
         fit(model_input, settings(model={"name": "atlas", "width": 3}))
 
 
-# --- what the net is shown
-
-
-def test_batches_hold_every_slice_once_and_change_order_with_the_epoch(model_input):
-    batches = SliceBatches(model_input, "train", 2, seed=3, shuffle=True)
-    orders = []
-    for epoch in range(3):
-        batches.epoch = epoch
-        orders.append(np.concatenate([batches.positions(k) for k in range(len(batches))]).tolist())
-    assert [sorted(order) for order in orders] == [[0, 1, 2, 3, 4]] * 3
-    assert len({tuple(order) for order in orders}) == 3
-    assert [batches[k][0].shape for k in range(3)] == [(2, *SIZE, 1), (2, *SIZE, 1), (1, *SIZE, 1)]
-
-
-def test_batches_are_the_stored_slices(model_input):
-    images, labels = SliceBatches(model_input, "train", 4)[1]
-    assert (images.dtype, labels.dtype) == (np.float32, np.uint8)
-    assert np.array_equal(images[0, ..., 0], model_input.image("1_t2", 1))
-    assert np.array_equal(labels[0], model_input.label("1_t2", 1))
-
-
-def test_augmentation_follows_from_seed_epoch_and_slice_alone(model_input):
-    def batches(seed=0, epoch=0, shuffle=False):
-        made = SliceBatches(model_input, "train", 1, seed=seed, shuffle=shuffle, augmentation=AugmentationSettings())
-        made.epoch = epoch
-        return made
-
-    # Read backwards and in another order, each slice looks the same.
-    forwards = [batches()[k] for k in range(5)]
-    reading = batches(shuffle=True)
-    shuffled = {int(reading.positions(k)[0]): reading[k] for k in reversed(range(5))}
-    for position, (images, labels) in enumerate(forwards):
-        assert np.array_equal(images, shuffled[position][0])
-        assert np.array_equal(labels, shuffled[position][1])
-    assert not np.array_equal(batches(epoch=1)[0][0], forwards[0][0])
-    assert not np.array_equal(batches(seed=1)[0][0], forwards[0][0])
-    assert not np.array_equal(forwards[0][0], SliceBatches(model_input, "train", 1)[0][0])
-
-
 # --- clean failures
 
 
@@ -422,7 +385,7 @@ def test_a_validation_loss_that_is_not_finite_stops_with_the_epoch(tmp_path, qui
         ({"model": {"size": [16, 16]}}, r"unknown setting model.size"),
         (
             {"loss": {"beta": 3}},
-            r"unknown setting loss.beta; expected some of \['gamma', 'alpha', 'smooth', 'dice_over'\]",
+            r"unknown setting loss.beta; expected some of \['gamma', 'alpha', 'smooth', 'dice_over'",
         ),
         ({"training": {"epoch": 3}}, r"unknown setting training.epoch; expected some of \['seed', 'epochs'"),
         ({"augmentation": {"rotate": 3}}, r"unknown setting augmentation.rotate; expected some of \['enabled'"),
@@ -430,8 +393,329 @@ def test_a_validation_loss_that_is_not_finite_stops_with_the_epoch(tmp_path, qui
         ({"training": {"learning_rate": -1}}, "training.learning_rate is -1; expected more than 0"),
         ({"training": {"learning_rate_schedule": "step"}}, "learning_rate_schedule is 'step'; expected one of"),
         ({"training": {"precision": "half"}}, "training.precision is 'half'; expected one of"),
+        ({"training": {"devices": 99}}, "training.devices is 99; expected at most 1, the CPUs that tensorflow sees"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(model_input, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(model_input, changes)
+
+
+# --- stop and go on
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_after(epoch):
+    def follow(record):
+        if record["epoch"] == epoch:
+            raise Stopped
+
+    return follow
+
+
+def everything(**overrides):
+    """Settings that use all that a checkpoint has to remember."""
+    return settings(
+        epochs=4,
+        learning_rate_schedule="cosine",
+        warmup_epochs=1,
+        weight_decay=1e-2,
+        ema_momentum=0.8,
+        augmentation={"rotation_degrees": 5},
+        **overrides,
+    )
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_a_whole_one(model_input, tmp_path):
+    whole = fit(model_input, everything(), output=tmp_path / "whole")
+    told = []
+    for epoch in (1, 3):
+        with pytest.raises(Stopped):
+            fit(model_input, everything(), output=tmp_path / "parts", on_epoch=stopping_after(epoch))
+    parts = fit(model_input, everything(), output=tmp_path / "parts", on_epoch=told.append)
+    assert same_weights(whole.model, parts.model)
+    assert [entry["epoch"] for entry in told] == [1, 2, 3, 4], "whoever follows gets the whole curve"
+    for name in ("loss", "val_loss", "val_mean_iou", "learning_rate"):
+        assert [entry[name] for entry in parts.history] == [entry[name] for entry in whole.history]
+    assert parts.best_epoch == whole.best_epoch
+    assert same_weights(load_model(tmp_path / "parts" / "best.keras"), whole.model)
+
+
+def test_a_finished_training_is_not_repeated(model_input, tmp_path, quick, monkeypatch):
+    first = fit(model_input, settings(model=quick, epochs=2), output=tmp_path / "output")
+    monkeypatch.setattr(training.keras.Model, "fit", None)
+    again = fit(model_input, settings(model=quick, epochs=2), output=tmp_path / "output")
+    assert same_weights(first.model, again.model)
+    assert (again.history, again.best_epoch, again.stopped_by) == (first.history, first.best_epoch, "epochs")
+
+
+def test_patience_is_remembered(tmp_path, quick):
+    images, labels = draw_slices(8, 0)
+    prepared = write_model_input(
+        tmp_path / "in", {"a": ("train", images, labels), "b": ("validation", images, (labels + 1) % 4)}
+    )
+    chosen = settings(model=quick, epochs=40, patience=3, learning_rate=0.03)
+    whole = fit(prepared, chosen)
+    with pytest.raises(Stopped):
+        fit(prepared, chosen, output=tmp_path / "out", on_epoch=stopping_after(whole.best_epoch + 1))
+    parts = fit(prepared, chosen, output=tmp_path / "out")
+    assert (len(parts.history), parts.best_epoch, parts.stopped_by) == (
+        len(whole.history),
+        whole.best_epoch,
+        "patience",
+    )
+    assert same_weights(parts.model, whole.model)
+
+
+def test_a_budget_that_was_too_small_can_be_raised(model_input, tmp_path, quick):
+    output = tmp_path / "output"
+    first = fit(model_input, settings(model=quick, epochs=3, max_minutes=1e-4), output=output)
+    assert (len(first.history), first.stopped_by) == (1, "max_minutes")
+    rest = fit(model_input, settings(model=quick, epochs=3), output=output)
+    assert (len(rest.history), rest.stopped_by) == (3, "epochs")
+    assert same_weights(rest.model, fit(model_input, settings(model=quick, epochs=3)).model)
+
+
+def test_the_checkpoint_of_another_training_is_not_taken(model_input, tmp_path, quick):
+    output = tmp_path / "output"
+    fit(model_input, settings(model=quick), output=output)
+    with pytest.raises(
+        ValueError, match=r"checkpoint.npz: the checkpoint of another training \(\w{8}: other slices or"
+    ):
+        fit(model_input, settings(model=quick, seed=1), output=output)
+    other = fit(model_input, settings(model=quick, seed=1, resume=False), output=output)
+    assert same_weights(other.model, fit(model_input, settings(model=quick, seed=1)).model)
+
+
+def test_a_checkpoint_of_another_net_is_refused(model_input, tmp_path, quick, monkeypatch):
+    output = tmp_path / "output"
+    with pytest.raises(Stopped):
+        fit(model_input, settings(model=quick, epochs=2), output=output, on_epoch=stopping_after(1))
+
+    def wider(size, channels, classes, *, precision):
+        keras = load_keras()
+        inputs = keras.Input((*size, channels))
+        return keras.Model(inputs, keras.layers.Conv2D(classes, 3, padding="same", activation="softmax")(inputs))
+
+    monkeypatch.setitem(models.MODELS, "one_layer", models.Entry("one_layer", "One layer", wider))
+    with pytest.raises(ValueError, match="its variables are not those of this net; expected the same"):
+        fit(model_input, settings(model=quick, epochs=2), output=output)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(model_input, tmp_path, quick, monkeypatch):
+    output, write = tmp_path / "output", training.Checkpoint.write
+
+    def full(self, path):
+        if len(self.progress["history"]) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path)
+
+    monkeypatch.setattr(training.Checkpoint, "write", full)
+    message = (
+        r"the checkpoint of epoch 2 cannot be written \(No space left on device\); expected room for 1 MiB. The "
+        r"checkpoint of epoch 1 is whole: make room and give the same command again, which goes on from there.*npz"
+    )
+    with pytest.raises(OSError, match=message):
+        fit(model_input, settings(model=quick, epochs=3), output=output)
+    monkeypatch.setattr(training.Checkpoint, "write", write)
+    rest = fit(model_input, settings(model=quick, epochs=3), output=output)
+    assert same_weights(rest.model, fit(model_input, settings(model=quick, epochs=3)).model)
+
+
+def test_too_little_memory_says_what_to_lower(model_input, quick, monkeypatch):
+    class ResourceExhaustedError(Exception):
+        pass
+
+    for error in (MemoryError(), ResourceExhaustedError("OOM when allocating"), RuntimeError("RESOURCE_EXHAUSTED: 9G")):
+
+        def fails(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(training.keras.Model, "fit", fails)
+        with pytest.raises(MemoryError, match=r"batches of 2 slices of 16 x 24 .* Lower training.batch_size, or"):
+            fit(model_input, settings(model=quick))
+
+
+def test_other_errors_of_a_step_stay_what_they_are(model_input, quick, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(training.keras.Model, "fit", fails)
+    with pytest.raises(RuntimeError, match="another one"):
+        fit(model_input, settings(model=quick))
+
+
+# --- techniques
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_returned(model_input, quick):
+    # One epoch of one step: the average starts with the weights after it, so both nets are the same one.
+    chosen = {"model": quick, "epochs": 1, "batch_size": 5}
+    assert same_weights(
+        fit(model_input, settings(**chosen, ema_momentum=0.5)).model, fit(model_input, settings(**chosen)).model
+    )
+    # Two steps: half of the first and half of the second.
+    chosen["epochs"] = 2
+    first, second = (fit(model_input, settings(**chosen | {"epochs": n}), None).model for n in (1, 2))
+    monotone = settings(**chosen, ema_momentum=0.5)
+    result = fit(model_input, monotone)
+    if result.best_epoch == 2:
+        for a, b, average in zip(first.get_weights(), second.get_weights(), result.model.get_weights(), strict=True):
+            np.testing.assert_allclose(average, (a + b) / 2, atol=1e-6)
+    else:  # the average of the first step alone
+        assert same_weights(result.model, first)
+    assert mean_iou(result.model, model_input) == pytest.approx(
+        result.history[result.best_epoch - 1]["val_mean_iou"], rel=1e-5
+    )
+
+
+def test_warm_up_rises_and_then_the_cosine_falls(model_input, quick):
+    # 5 slices in batches of 1: 5 steps an epoch, 10 of warm-up, 10 of cosine.
+    chosen = settings(model=quick, epochs=4, batch_size=1, learning_rate_schedule="cosine", warmup_epochs=2)
+    rates = [entry["learning_rate"] for entry in fit(model_input, chosen).history]
+    assert rates == pytest.approx([0.005, 0.01, 0.005, 0.0], abs=1e-6)
+
+
+def test_weight_decay_shrinks_kernels_and_nothing_else(model_input, quick):
+    chosen = {"model": quick, "epochs": 1, "batch_size": 5, "learning_rate": 0.01}
+    plain, decayed = (fit(model_input, settings(**chosen, weight_decay=w)).model for w in (0, 0.5))
+    keras = load_keras()
+    keras.utils.set_random_seed(0)
+    initial = one_layer(SIZE, 1, 4, precision="float32")
+    for start, a, b in zip(initial.weights, plain.weights, decayed.weights, strict=True):
+        if start.name == "kernel":
+            # AdamW takes rate x decay off the kernel before its step, which is Adam's: 0.01 x 0.5.
+            np.testing.assert_allclose(a - b, 0.005 * np.array(start), atol=1e-6)
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_net_with_several_outputs_is_served_with_its_first(model_input):
+    net = {**TINY_NET, "encoder_widths": [6, 8, 8, 10], "encoder_dropouts": [0] * 4}
+    net |= {"decoder_widths": [8, 8], "decoder_dropouts": [0, 0], "deep_supervision": 1}
+    result = fit(model_input, settings(model=net, epochs=2, ema_momentum=0.5))
+    assert [tuple(output.shape[1:]) for output in result.model.outputs] == [(*SIZE, 4)]
+    assert not any("probabilities_2" in layer.name for layer in result.model.layers)
+    assert mean_iou(result.model, model_input) == pytest.approx(
+        result.history[result.best_epoch - 1]["val_mean_iou"], rel=1e-5
+    )
+
+
+def test_neighbouring_slices_are_the_nets_channels(model_input, quick):
+    result = fit(model_input, settings(model=quick, neighbours=1, augmentation={"rotation_degrees": 5}))
+    assert result.model.input_shape == (None, *SIZE, 3)
+    assert math.isfinite(result.history[0]["val_loss"])
+
+
+# --- the command
+
+
+def command(folder, output, *arguments, code=None):
+    """`python -m lumbarflow.training`, or the same after some code of the test's."""
+    start = ["-m", "lumbarflow.training"] if code is None else ["-c", code]
+    options = ["--model-input", folder, "--output", output, "--settings", folder / "settings.json", *arguments]
+    return [sys.executable, *start, *map(str, options)]
+
+
+@pytest.fixture
+def prepared(model_input):
+    (model_input.root / "settings.json").write_text(json.dumps(everything()))
+    return model_input
+
+
+KILLED_WHILE_IT_WRITES = """
+import os, signal, sys
+import numpy as np
+from lumbarflow import training
+
+def half(file, **arrays):
+    if len(written) == 1:
+        file.write(b"PK half of it")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(1)
+    savez(file, **arrays)
+
+written, savez, np.savez = [], np.savez, half
+sys.exit(training.main())
+"""
+
+
+def test_a_killed_command_goes_on_and_ends_like_one_that_was_not(prepared, tmp_path):
+    whole = fit(prepared, everything())
+    output = tmp_path / "output"
+
+    # In the middle of an epoch, by SIGTERM: the second of four, once the first is there.
+    process = subprocess.Popen(command(prepared.root, output), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "epoch 1 of 4" in line:
+            process.terminate()
+            break
+    process.stderr.close()
+    assert process.wait(timeout=60) == -signal.SIGTERM
+
+    # In the middle of a checkpoint, by SIGKILL.
+    done = subprocess.run(command(prepared.root, output, code=KILLED_WHILE_IT_WRITES), capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    reached = len(training.Checkpoint.read(output / "checkpoint.npz").progress["history"])
+    assert 1 <= reached < 4
+
+    done = subprocess.run(command(prepared.root, output), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after epoch {reached} of 4" in done.stderr
+    assert same_weights(load_model(output / "best.keras"), whole.model)
+    record = json.loads((output / "training_record.json").read_text())
+    assert record["best_epoch"] == whole.best_epoch
+    assert record["settings"] == everything()
+    lines = (output / "training_history.csv").read_text().splitlines()
+    assert lines[0].split(",")[:4] == ["epoch", "loss", "val_loss", "val_mean_iou"]
+    assert [float(line.split(",")[3]) for line in lines[1:]] == [entry["val_mean_iou"] for entry in whole.history]
+
+
+def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(prepared, tmp_path):
+    # The kernel refuses what a full disk would: the checkpoint of the first epoch fits, and not that of the second.
+    code = (
+        "import resource, signal, sys\n"
+        "from lumbarflow import training\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "write = training.Checkpoint.write\n"
+        "def limited(self, path):\n"
+        "    if len(self.progress['history']) == 2:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"
+        "    write(self, path)\n"
+        "training.Checkpoint.write = limited\n"
+        "sys.exit(training.main())\n"
+    )
+    output = tmp_path / "output"
+    done = subprocess.run(command(prepared.root, output, code=code), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the checkpoint of epoch 2 cannot be written" in done.stderr
+    assert "The checkpoint of epoch 1 is whole" in done.stderr
+    assert len(training.Checkpoint.read(output / "checkpoint.npz").progress["history"]) == 1
+    assert not list(output.glob(".partial*"))
+
+
+def test_the_command_takes_settings_from_several_files(tmp_path, capsys):
+    (tmp_path / "a.yml").write_text("training: {epochs: 3, seed: 1}\nloss: {alpha: 0.5}\n")
+    (tmp_path / "b.json").write_text('{"training": {"epochs": 5}}')
+    read = training.read_settings([tmp_path / "a.yml", tmp_path / "b.json"])
+    assert read == {"training": {"epochs": 5, "seed": 1}, "loss": {"alpha": 0.5}}
+    for name, text, message in (
+        ("c.json", "{", "c.json: not JSON"),
+        ("c.yml", "a: [", "c.yml: not YAML"),
+        ("d.yml", "training: 3", "d.yml: expected sections with settings"),
+        ("e.yml", None, "e.yml: no such file"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            training.read_settings([tmp_path / name])
+
+
+def test_the_command_ends_with_one_line_where_something_is_missing(tmp_path, caplog):
+    assert training.main(["--model-input", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert "no manifest.json; expected a model input folder" in caplog.text
+    assert not (tmp_path / "out").exists()

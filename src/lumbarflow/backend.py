@@ -47,6 +47,9 @@ def load_keras() -> ModuleType:
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     # Holds back most of the chatter even in processes of ours that start outside this function's reach.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # oneDNN's convolutions, which TensorFlow switches on by itself only on CPUs with AVX512-VNNI or newer: see
+    # benchmarks/training.py --options for what they gain with AVX2 alone.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     with quiet_stderr("Keras's start-up"):
         keras = importlib.import_module("keras")
         if keras.config.backend() == "tensorflow":
@@ -106,12 +109,12 @@ def resolve_precision(precision: str) -> str:
         raise ValueError(f"training.precision is {precision!r}; expected one of {list(PRECISIONS)}.")
     if precision != "auto":
         return precision
-    # Measured with TensorFlow only; other backends get the precision that is right everywhere.
-    if load_keras().config.backend() != "tensorflow":
-        return "float32"
     gpus = _gpu_details()
     if gpus:
         capable = all(gpu.get("compute_capability", (0, 0)) >= BFLOAT16_GPU_CAPABILITY for gpu in gpus)
+    elif load_keras().config.backend() != "tensorflow":
+        # On CPUs measured with TensorFlow only; other backends get the precision that is right everywhere.
+        capable = False
     else:
         capable = not BFLOAT16_CPU_FLAGS.isdisjoint(_cpu_information("flags"))
     return "mixed_bfloat16" if capable else "float32"
@@ -141,6 +144,25 @@ def set_seed(seed: int) -> None:
     load_keras().utils.set_random_seed(seed)
 
 
+def sum_over_replicas(x):
+    """Arrays summed over all devices that share a step; the arrays as they are where there is one, or no step runs.
+
+    On TensorFlow the devices are the replicas of a tf.distribute strategy, each of which sees its part of the batch.
+    On JAX an array spread over devices is one array to the code, whose sums run over all of it already. The gradient
+    passes: that of a replica's x is the sum of the replicas' gradients.
+
+    Args:
+        x: an array or a list of them, reduced together. Every replica has to get here, with the same shapes.
+    """
+    if load_keras().config.backend() != "tensorflow":
+        return x
+    context = importlib.import_module("tensorflow").distribute.get_replica_context()
+    # None while a strategy speaks for all replicas at once, as when Keras infers shapes.
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    return context.all_reduce("SUM", x)
+
+
 def _let_gpu_memory_grow() -> None:
     tensorflow = importlib.import_module("tensorflow")
     for gpu in tensorflow.config.list_physical_devices("GPU"):
@@ -155,7 +177,23 @@ def _gpu_details() -> list[dict]:
     if keras.config.backend() == "tensorflow":
         config = importlib.import_module("tensorflow").config
         return [config.experimental.get_device_details(gpu) for gpu in config.list_physical_devices("GPU")]
-    return [{"device_name": name} for name in keras.distribution.list_devices("gpu")]
+    if keras.config.backend() != "jax":
+        return []
+    # Not Keras's list of devices, which is an error where there is no GPU.
+    devices = importlib.import_module("jax").local_devices()
+    return [
+        {"device_name": gpu.device_kind, "compute_capability": _capability(gpu)}
+        for gpu in devices
+        if gpu.platform == "gpu"
+    ]
+
+
+def _capability(gpu) -> tuple[int, ...]:
+    """(8, 0) of "8.0"; (0, 0) for a GPU that has no such number."""
+    try:
+        return tuple(int(part) for part in str(gpu.compute_capability).split("."))
+    except (AttributeError, ValueError):
+        return (0, 0)
 
 
 def _cpu_information(key: str) -> list[str]:

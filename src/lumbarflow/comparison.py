@@ -8,30 +8,45 @@ run that was interrupted goes on with the nets that are still missing.
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lumbarflow import models
-from lumbarflow.files import code_digest, value_digest
+from lumbarflow.files import code_digest, read_json, value_digest
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.metrics import MEAN_FOREGROUND
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
-from lumbarflow.provenance import describe_training
 from lumbarflow.store import RECORD, SeriesStore, Work
 from lumbarflow.tracking import git_commit
+from lumbarflow.training_record import describe_training
+from lumbarflow.training_settings import SECTIONS
 
 NETWORK, HISTORY = "model.keras", "history.json"
 COUNTS = ("n_cases", "n_surface", "n_nsd", "n_missing_prediction")
 
 # What a trained net depends on beside its data, its settings and the module that builds it. Named, not imported: these
 # import Keras.
-_CODE = ("training", "losses", "augmentation", "backend", "models", "models.levels")
+_CODE = (
+    "training",
+    "training_settings",
+    "batches",
+    "losses",
+    "augmentation",
+    "backend",
+    "devices",
+    "model_input",
+    "models",
+    "models.levels",
+)
 
 
 def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,9 +67,42 @@ def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
     return {"entry": f"{name}-{key[:16]}", "key": key, "manifest": dict(manifest), "settings": dict(settings)}
 
 
+def plan_rows(
+    manifest: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
+    rows: Mapping[str, Mapping[str, Any] | str],
+    section: str,
+) -> dict[str, dict[str, Any]]:
+    """A run for each row of a table of techniques.
+
+    Args:
+        manifest: of the model input.
+        settings: sections of `training.fit` that all rows share.
+        rows: name -> what the row changes, by section; also "evaluation", which changes how the net is used and not how
+            it is trained. A text instead says why the row is not run.
+        section: the parameters that hold the rows, for errors.
+    Raises:
+        ValueError: a row changes another section, or what `plan_run` refuses.
+    """
+    plan = {}
+    for name, changes in rows.items():
+        if isinstance(changes, str):
+            continue
+        check_names(changes, (*SECTIONS, "evaluation"), f"{section}.rows.{name}")
+        own = {part: dict(settings[part]) | dict(changes.get(part) or {}) for part in SECTIONS}
+        # Settings of one net are none of another's.
+        if own["model"]["name"] != settings["model"]["name"]:
+            own["model"] = dict(changes["model"])
+        plan[name] = plan_run(manifest, own)
+        if changes.get("evaluation"):
+            plan[name]["evaluation"] = dict(changes["evaluation"])
+    return plan
+
+
 def training_work(
     plan: Mapping[str, Mapping[str, Any]],
     prepared: SeriesStore,
+    folder: Path,
     on_epoch: Callable[[str, dict[str, float]], None] | None = None,
 ) -> dict[str, Work]:
     """What a store of trained nets has to hold for these runs, and how to train what it lacks.
@@ -62,6 +110,7 @@ def training_work(
     Args:
         plan: run -> `plan_run`.
         prepared: the arrays that the manifests describe.
+        folder: of checkpoints, for a training that is interrupted; it is cleared when the net is in the store.
         on_epoch: called after each epoch with the run's name and the epoch's history entry.
     """
 
@@ -69,11 +118,19 @@ def training_work(
         from lumbarflow.training import fit, save_model
 
         model_input = model_input_of(run, prepared)
-        result = fit(model_input, run["settings"], on_epoch=partial(on_epoch, name) if on_epoch else None)
+        output = folder / run["entry"]
+        follow = partial(on_epoch, name) if on_epoch else None
+        result = fit(model_input, run["settings"], output=output, on_epoch=follow)
+
+        def save(path: Path) -> None:
+            save_model(result.model, path)
+            # The store holds it now; what is left to write is small.
+            shutil.rmtree(output, ignore_errors=True)
+
         return {
-            NETWORK: partial(save_model, result.model),
             HISTORY: result.history,
             RECORD: describe_training(result, model_input.manifest, run["settings"]) | git_commit("."),
+            NETWORK: save,
         }
 
     return {run["entry"]: Work(run["key"], partial(train, name, run)) for name, run in plan.items()}
@@ -82,6 +139,78 @@ def training_work(
 def model_input_of(run: Mapping[str, Any], prepared: SeriesStore) -> ModelInput:
     """The model input of a run: its own manifest over the arrays that all runs share."""
     return ModelInput(prepared.root.parent, run["manifest"])
+
+
+def screen_table(
+    rows: Mapping[str, Mapping[str, Any] | str],
+    plan: Mapping[str, Mapping[str, Any]],
+    trained: SeriesStore,
+    by_class: pd.DataFrame,
+    reference: str,
+) -> pd.DataFrame:
+    """What each technique does to the figures of the validation patients, and which were not tried.
+
+    Args:
+        rows: as in `plan_rows`.
+        plan: the runs of those that were to be tried.
+        trained: their nets; a record with `not_run` has none.
+        by_class: table of `evaluation.Evaluation` of the runs that have a net, with a column `run`.
+        reference: the row that the others are compared with.
+    Returns:
+        row, outcome ("run", or why not), changes (JSON), epochs, best_epoch, val_mean_iou (of that epoch, at the net's
+        size), dice of each foreground class and of their mean (pooled over the slices of the validation patients, on
+        the native grid), difference (of that mean to the reference's), minutes (of training), slices_per_second (median
+        over epochs), parameters. Rows in the order of their mean, those not run last, in their own order.
+    """
+    classes = [*(CLASSES[index] for index in FOREGROUND), MEAN_FOREGROUND]
+    pooled = by_class[by_class["scope"] == "pooled"].set_index(["run", "class"])["dice"]
+    table = []
+    for name, changes in rows.items():
+        row = {"row": name, "outcome": changes, "changes": None}
+        if name in plan:
+            record = trained.record(plan[name]["entry"])
+            row |= {"outcome": record.get("not_run", "run"), "changes": json.dumps(changes, sort_keys=True)}
+            if row["outcome"] == "run":
+                history = pd.DataFrame(read_json(trained.path(plan[name]["entry"], HISTORY)))
+                best = record["best_epoch"]
+                row |= {"epochs": record["epochs"], "best_epoch": best}
+                row |= {"val_mean_iou": history.loc[history["epoch"] == best, "val_mean_iou"].item()}
+                row |= {f"dice_{label.replace(' ', '_')}": pooled.loc[(name, label)] for label in classes}
+                row |= {"minutes": record["seconds"] / 60, "slices_per_second": history["slices_per_second"].median()}
+                row |= {"parameters": record["parameters"]}
+        table.append(row)
+    means = f"dice_{MEAN_FOREGROUND.replace(' ', '_')}"
+    columns = ["row", "outcome", "changes", "epochs", "best_epoch", "val_mean_iou"]
+    columns += [f"dice_{label.replace(' ', '_')}" for label in classes]
+    frame = pd.DataFrame(table).reindex(columns=[*columns, "minutes", "slices_per_second", "parameters"])
+    there = frame.loc[frame["row"] == reference, means]
+    frame.insert(columns.index(means) + 1, "difference", frame[means] - (there.item() if len(there) else float("nan")))
+    return frame.sort_values(means, ascending=False, na_position="last", kind="stable", ignore_index=True)
+
+
+def seeds_table(by_class: pd.DataFrame, names: Mapping[str, tuple[str, int]]) -> pd.DataFrame:
+    """The figures of recipes that were trained with several seeds each, on the test patients.
+
+    Args:
+        by_class: table of `evaluation.Evaluation`, with a column `run`.
+        names: run -> (recipe, seed).
+    Returns:
+        recipe, class (foreground classes, then their mean), seeds, and of the pooled Dice on the native grid and of the
+        mean ASD over cases in mm: mean, standard deviation over seeds (n - 1; NaN of one seed), lowest and highest.
+    """
+    rows = by_class.assign(recipe=[names[run][0] for run in by_class["run"]])
+    order = [*(CLASSES[index] for index in FOREGROUND), MEAN_FOREGROUND]
+    table = []
+    for recipe in dict.fromkeys(recipe for recipe, _ in names.values()):
+        for label in order:
+            chosen = rows[(rows["recipe"] == recipe) & (rows["class"] == label)].set_index("scope")
+            row = {"recipe": recipe, "class": label, "seeds": int((chosen.index == "pooled").sum())}
+            for figure, scope in (("dice", "pooled"), ("asd_mm", "case mean")):
+                values = chosen.loc[[scope], figure]
+                row |= {f"{figure}_mean": values.mean(), f"{figure}_std": values.std(ddof=1)}
+                row |= {f"{figure}_lowest": values.min(), f"{figure}_highest": values.max()}
+            table.append(row)
+    return pd.DataFrame(table)
 
 
 def leakage_table(by_class: pd.DataFrame, intervals: pd.DataFrame, columns: list[str]) -> pd.DataFrame:

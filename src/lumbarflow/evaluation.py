@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import imaging, inference, intensity, metrics, resampling, statistics
+from lumbarflow import augmentation, imaging, inference, intensity, metrics, model_input, resampling, statistics
 from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.inference import Segmenter
-from lumbarflow.model_input import ModelInput
+from lumbarflow.model_input import PREDICTION, SIDES, ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
 from lumbarflow.store import RECORD, SeriesStore, Work
 
 # The section `evaluation` of the parameters.
-SETTINGS = ("batch_size", "metrics", "intervals")
+SETTINGS = (*PREDICTION, "metrics", "intervals")
 LABELS, SOFT_OVERLAP = "labels.mha", "soft_overlap.npy"
 
 
@@ -87,9 +87,10 @@ def prediction_work(
     network: str,
     model_input: ModelInput,
     series: SeriesStore,
-    batch_size: int,
+    settings: Mapping[str, Any],
+    side: str = "test",
 ) -> dict[str, Work]:
-    """Plan the segmentation of every series with test slices; each is made only if something has changed.
+    """Plan the segmentation of every series with slices of a side; each is made only if something has changed.
 
     Args:
         load_network: returns the Keras model; called when the first series needs it.
@@ -97,15 +98,16 @@ def prediction_work(
         network: digest of what it does with them.
         model_input: what it was trained on.
         series: ingested series, with the references that the probabilities are weighed against.
-        batch_size: slices per forward pass.
+        settings: SETTINGS, of which PREDICTION matters here.
+        side: one of `model_input.SIDES`.
     """
-    settings = model_input.segmenter_settings(batch_size)
-    code = source_digest(inference, resampling, intensity, imaging, metrics)
+    segmenter_settings = model_input.segmenter_settings(settings)
+    code = _prediction_code()
     loaded: list[Segmenter] = []
 
     def predict(name: str) -> dict[str, Any]:
         if not loaded:
-            loaded.append(Segmenter(load_network(), settings))
+            loaded.append(Segmenter(load_network(), segmenter_settings))
         image, reference = series.volume(name, "image.mha"), series.label_map(name, "labels.mha").array
         column, row, _ = image.spacing_mm
         labels, overlaps, start = [], [], 0
@@ -121,10 +123,16 @@ def prediction_work(
             RECORD: {"model": weights},
         }
 
-    return {
-        name: Work(value_digest([code, series.record(name)["key"], weights, network, settings]), partial(predict, name))
-        for name in sorted(model_input.manifest["sides"]["test"])
-    }
+    def key(name: str) -> str:
+        return value_digest([code, series.record(name)["key"], weights, network, segmenter_settings])
+
+    names = sorted(_slices_of_side(model_input.manifest, side))
+    return {name: Work(key(name), partial(predict, name)) for name in names}
+
+
+def _prediction_code() -> str:
+    """Digest of the modules that predictions depend on."""
+    return source_digest(inference, model_input, augmentation, resampling, intensity, imaging, metrics)
 
 
 def predicted_cases(
@@ -132,16 +140,24 @@ def predicted_cases(
     series: SeriesStore,
     predictions: SeriesStore,
     entry: Callable[[str], str] = str,
+    side: str = "test",
 ) -> Iterator[Case]:
-    """The test cases of a model input, one at a time.
+    """The cases of one side of a model input, one at a time; that side's slices are what counts of them.
 
     Args:
-        manifest: of the model input; its side "test" names series and slices.
+        manifest: of the model input; its sides name series and slices.
         series, predictions: references and predictions.
         entry: series -> its entry's name in `predictions`.
+        side: one of `model_input.SIDES`.
     """
-    for name, tested in track(sorted(manifest["sides"]["test"].items()), "score"):
+    for name, tested in track(sorted(_slices_of_side(manifest, side).items()), "score"):
         yield read_case(series, predictions, name, entry(name), tested)
+
+
+def _slices_of_side(manifest: Mapping[str, Any], side: str) -> dict[str, list[int]]:
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}; expected one of {', '.join(SIDES)}")
+    return manifest["sides"][side]
 
 
 def read_case(

@@ -11,8 +11,10 @@ memory does not grow with the number of series.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +25,34 @@ SIDES = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 IMAGES, LABELS = "images.npy", "labels.npy"
 
+# What a `lumbarflow.inference.Segmenter` takes from the section `preprocess`, and from the section `evaluation`.
+PREPARATION = ("size", "keep_aspect", "normalisation", "percentiles")
+PREDICTION = ("batch_size", "test_time_augmentation")
+
 # Open maps are file handles; a cohort of thousands must not exhaust them.
 _OPEN_ARRAYS = 128
+
+
+def neighbour_indices(index: int | np.ndarray, count: int, neighbours: int) -> np.ndarray:
+    """Which slices a net sees as channels when it labels one slice: the one convention for training and prediction.
+
+    From left to right, the slice itself in the middle; beyond the series' ends its outermost slice is repeated.
+
+    Args:
+        index: of the slice to label, or an array of them.
+        count: slices of the series.
+        neighbours: on each side.
+    Returns:
+        int (..., 2 * neighbours + 1), `...` being the shape of `index`.
+    Raises:
+        ValueError: a slice that the series does not have, or neighbours below 0.
+    """
+    if neighbours < 0:
+        raise ValueError(f"neighbours is {neighbours}; expected 0 or more slices on each side")
+    index = np.asarray(index)
+    if np.any((index < 0) | (index >= count)):
+        raise ValueError(f"slice {index} of a series of {count}; expected 0 to {count - 1}")
+    return np.clip(index[..., None] + np.arange(-neighbours, neighbours + 1), 0, count - 1)
 
 
 class ModelInput:
@@ -57,21 +85,30 @@ class ModelInput:
             )
         return cls(root, manifest)
 
-    def segmenter_settings(self, batch_size: int) -> dict:
-        """How the slices were prepared, as `lumbarflow.inference.Segmenter` wants to know it."""
+    def segmenter_settings(self, evaluation: Mapping[str, Any]) -> dict:
+        """How the slices were prepared and how to predict, as `lumbarflow.inference.Segmenter` wants to know it.
+
+        Args:
+            evaluation: the section of the parameters, of which PREDICTION is taken.
+        """
         preparation = self.manifest["settings"]["preprocess"]
-        return {name: preparation[name] for name in ("size", "keep_aspect", "normalisation", "percentiles")} | {
-            "batch_size": batch_size
-        }
+        return {name: preparation[name] for name in PREPARATION} | {name: evaluation[name] for name in PREDICTION}
 
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""
         chosen = self.manifest["sides"][side]
         return [(series, index) for series in sorted(chosen) for index in sorted(chosen[series])]
 
-    def image(self, series: str, index: int) -> np.ndarray:
-        """float16 (H, W), a view of the mapped file."""
-        return self._open(series, IMAGES)[index]
+    def image(self, series: str, index: int, neighbours: int = 0) -> np.ndarray:
+        """float16 (H, W), a view of the mapped file; with neighbours a copy, (H, W, 2 * neighbours + 1).
+
+        `neighbour_indices` says which slices. They come from the whole series: also those that a filter left out, and
+        under a split by slice those of another side. A net sees their pictures, never their labels.
+        """
+        images = self._open(series, IMAGES)
+        if neighbours == 0:
+            return images[index]
+        return np.moveaxis(images[neighbour_indices(index, len(images), neighbours)], 0, -1)
 
     def label(self, series: str, index: int) -> np.ndarray:
         """uint8 (H, W), a view of the mapped file."""

@@ -14,9 +14,12 @@ from lumbarflow.pipelines import (
     ingest,
     leakage,
     preprocess,
+    recipes,
     register,
     report,
+    screen,
     synthesize,
+    tune,
 )
 
 
@@ -38,8 +41,11 @@ def register_pipelines() -> dict[str, Pipeline]:
     comparisons = {
         "leakage": prepared + leakage.create_pipeline(),
         "baselines": prepared + baselines.create_pipeline(),
+        "tune": prepared + tune.create_pipeline(),
         "evaluate_external": checked + evaluate_external.create_pipeline(),
         "apta_audit": checked + apta_audit.create_pipeline(),
         "export_nnunet": prepared + export_nnunet.create_pipeline(),
+        "screen": prepared + screen.create_pipeline(),
+        "recipes": prepared + recipes.create_pipeline(),
     }
     return steps | comparisons | {"report": report.create_pipeline(), "train": train, "__default__": train}

@@ -7,31 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from lumbarflow.inference import weights_digest
-
 # What of a manifest a table can carry to say what it was made from: the scans alone, or all of the model input.
 HASHES = ("data_hash", "content_hash")
-
-
-def describe_training(result: Any, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written down beside a trained net: what it was trained on and how, how that went, and which net it is.
-
-    Args:
-        result: a `training.TrainingResult`.
-        manifest: of the model input it was trained on.
-        settings: sections of `training.fit`.
-    """
-    return {
-        "settings": dict(settings),
-        "content_hash": manifest["content_hash"],
-        "weights": weights_digest(result.model),
-        "parameters": int(result.model.count_params()),
-        "best_epoch": result.best_epoch,
-        "epochs": len(result.history),
-        "seconds": sum(row["seconds"] for row in result.history),
-        "stopped_by": result.stopped_by,
-        "hardware": result.hardware,
-    }
 
 
 def mark_table(table: pd.DataFrame, **hashes: str) -> pd.DataFrame:

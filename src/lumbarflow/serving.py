@@ -43,6 +43,7 @@ class LumbarSegmenter(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         from lumbarflow.training import load_model
 
+        # A model registered before a setting came to be lacks it, and is served as it was evaluated: `EARLIER`.
         record = read_json(context.artifacts[SEGMENTER])
         self.segmenter = Segmenter(load_model(context.artifacts[NETWORK]), record["settings"])
 

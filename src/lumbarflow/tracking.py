@@ -5,9 +5,10 @@ Nothing happens without an active run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # What of a model input's manifest tells runs apart.
@@ -43,6 +44,21 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
 def log_epoch(row: Mapping[str, Any], prefix: str = "") -> None:
     """Log one row of the training history under its epoch; `prefix` tells several nets of one run apart."""
     log_metrics({f"{prefix}{key}": value for key, value in row.items() if key != "epoch"}, step=int(row["epoch"]))
+
+
+@contextlib.contextmanager
+def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """A run of its own below the active one, with these parameters: what is logged and tagged meanwhile goes to it."""
+    import mlflow
+
+    parent = mlflow.active_run()
+    if parent is None:
+        yield
+        return
+    # Named: a nested run goes to the default experiment, whichever one its parent is in.
+    with mlflow.start_run(run_name=name, nested=True, experiment_id=parent.info.experiment_id):
+        mlflow.log_params(dict(parameters))
+        yield
 
 
 def git_commit(folder: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lumbarflow import models
+from lumbarflow.backend import set_seed
 
 # The arithmetic stands in the docstring of lumbarflow.models.unet.
 PARAMETERS_AS_CODED = {
@@ -26,6 +27,15 @@ TINY = {
     "encoder_dropouts": [0.1, 0.2, 0.3],
     "decoder_widths": [4],
     "decoder_dropouts": [0.1],
+}
+
+
+# Two decoder levels, so that one is coarser, and widths that share no divisor above 2.
+TWO_LEVELS = {
+    "encoder_widths": [2, 4, 6, 8],
+    "encoder_dropouts": [0.1, 0.1, 0.1, 0.1],
+    "decoder_widths": [6, 4],
+    "decoder_dropouts": [0.1, 0.1],
 }
 
 
@@ -120,6 +130,71 @@ def test_settings_reach_the_layers():
     }
 
 
+@pytest.mark.parametrize(("normalisation", "groups_of_a_level"), [("group", 2), ("instance", 6)])
+def test_other_normalisations_stand_where_the_batchs_stood(normalisation, groups_of_a_level):
+    # Their layers lack the two moving averages of each channel: 2 + 4 + 6 + 8 in the encoder, 6 + 4 + 6 in the decoder.
+    plain = models.build("modified_unet", (8, 12), 1, 4, **TWO_LEVELS)
+    other = models.build("modified_unet", (8, 12), 1, 4, normalisation=normalisation, groups=2, **TWO_LEVELS)
+    assert [layer.name for layer in other.layers] == [layer.name for layer in plain.layers]
+    assert other.count_params() == plain.count_params() - 2 * (20 + 16)
+    assert other.get_layer("encoder_3_norm").groups == groups_of_a_level
+    assert other.get_layer("decoder_1_upsample_norm").groups == groups_of_a_level
+
+
+@pytest.mark.parametrize(("normalisation", "alone"), [("batch", False), ("group", True), ("instance", True)])
+def test_group_and_instance_normalisation_treat_a_slice_alone(normalisation, alone):
+    model = models.build("modified_unet", (8, 12), 1, 4, normalisation=normalisation, groups=2, **TWO_LEVELS)
+    for layer in model.layers:
+        if "dropout" in layer.name:
+            layer.rate = 0
+    slices = np.random.default_rng(0).normal(size=(3, 8, 12, 1)).astype(np.float32)
+    # As in training, where the batch's own figures count.
+    together, first = (np.asarray(model(batch, training=True))[0] for batch in (slices, slices[:1]))
+    assert np.allclose(together, first, atol=1e-5) == alone
+
+
+def test_a_width_that_the_groups_do_not_divide_is_refused():
+    refused = {"normalisation": "group", "groups": 3, **TWO_LEVELS}
+    with pytest.raises(ValueError, match=r"groups is 3, .* the width 2 of encoder_widths \[2, 4, 6, 8\]"):
+        models.build("modified_unet", (8, 12), 1, 4, **refused)
+    with pytest.raises(ValueError, match=r"groups is 3, .* the width 4 of decoder_widths \[6, 4\]"):
+        models.build("modified_unet", (8, 12), 1, 4, **{**refused, "encoder_widths": [3, 6, 6, 9]})
+    with pytest.raises(ValueError, match="groups is 0, "):
+        models.build("modified_unet", (8, 12), 1, 4, **{**refused, "groups": 0})
+    # The others make no groups.
+    models.build("modified_unet", (8, 12), 1, 4, **{**refused, "normalisation": "instance"})
+
+
+@pytest.mark.parametrize(("count", "added"), [(1, [260]), (3, [260, 516, 1028])])
+def test_deep_supervision_adds_heads_at_coarser_decoder_levels(count, added):
+    model = models.build("modified_unet", (32, 48), 1, 4, deep_supervision=count)
+    suffixes = ["", "_2", "_4", "_8"][: count + 1]
+    assert model.output_names == [f"probabilities{suffix}" for suffix in suffixes]
+    assert [output.shape for output in model.outputs] == [
+        (None, 32 // stride, 48 // stride, 4) for stride in (1, 2, 4, 8)[: count + 1]
+    ]
+    assert [model.get_layer(f"classes{suffix}").count_params() for suffix in suffixes] == [132, *added]
+    assert model.count_params() == 8_037_076 + sum(added)
+    assert model.get_layer("classes_2").input is model.get_layer("decoder_3_convolution_2").output
+
+
+def test_deep_supervision_leaves_the_nets_own_initial_weights():
+    def weights(count):
+        set_seed(4)
+        return models.build("modified_unet", (8, 12), 1, 4, deep_supervision=count, **TWO_LEVELS).get_weights()
+
+    plain, supervised = weights(0), weights(1)
+    assert len(supervised) == len(plain) + 2
+    assert all(np.array_equal(a, b) for a, b in zip(plain, supervised, strict=False))
+
+
+def test_probabilities_of_every_head_are_float32_and_sum_to_one():
+    model = models.build("modified_unet", (8, 12), 1, 4, precision="mixed_bfloat16", deep_supervision=1, **TWO_LEVELS)
+    for probabilities in model.predict(np.random.default_rng(0).normal(size=(3, 8, 12, 1)), verbose=0):
+        assert probabilities.dtype == np.float32
+        assert np.allclose(probabilities.sum(axis=-1), 1, atol=1e-6)
+
+
 def test_a_size_that_the_strides_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"size \[32, 40\] is not divisible by 16.*preprocess.size"):
         models.build("modified_unet", (32, 40), 1, 4)
@@ -134,6 +209,10 @@ def test_a_size_that_the_strides_do_not_divide_is_refused():
         ({"decoder_dropouts": []}, "decoder_widths has 1 levels and decoder_dropouts 0"),
         ({"decoder_widths": [4, 4], "decoder_dropouts": [0, 0]}, "3 encoder levels and 2 decoder levels"),
         ({"upsample_block": "last"}, "upsample_block is 'last'"),
+        ({"normalisation": "layer"}, "normalisation is 'layer'; expected one of"),
+        ({"deep_supervision": 1}, "deep_supervision is 1; expected 0 to 0"),
+        ({"deep_supervision": 2, **TWO_LEVELS}, "deep_supervision is 2; expected 0 to 1, .* 2 decoder levels"),
+        ({"deep_supervision": -1}, "deep_supervision is -1; expected 0"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes, message):

@@ -1,6 +1,6 @@
 """The project's Kedro datasets: the one seam between its data and the disk."""
 
-from lumbarflow.datasets.model import KerasModelDataset, ModelInputDataset
+from lumbarflow.datasets.model import FolderDataset, KerasModelDataset, ModelInputDataset
 from lumbarflow.datasets.nnunet import NnunetDataset
 from lumbarflow.datasets.series_store import SeriesStoreDataset, SyntheticCohortDataset
 from lumbarflow.datasets.tables import OptionalCSVDataset
@@ -9,6 +9,7 @@ from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeD
 __all__ = [
     "DigestDataset",
     "FileFolderDataset",
+    "FolderDataset",
     "KerasModelDataset",
     "ModelInputDataset",
     "NnunetDataset",

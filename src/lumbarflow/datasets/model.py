@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kedro.io import AbstractDataset
+from kedro.io import AbstractDataset, DatasetError
 
 from lumbarflow.files import write_json
 from lumbarflow.model_input import MANIFEST, ModelInput
@@ -35,6 +35,32 @@ class ModelInputDataset(AbstractDataset[dict, ModelInput]):
 
     def _exists(self) -> bool:
         return (self._path / MANIFEST).is_file()
+
+
+class FolderDataset(AbstractDataset[None, Path]):
+    """A folder that a node fills by itself while it works, such as that of checkpoints; it loads as its path.
+
+    YAML:
+        training_folder:
+          type: lumbarflow.datasets.FolderDataset
+          path: data/06_models/training
+    """
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> Path:
+        return self._path
+
+    def save(self, data: None) -> None:
+        raise DatasetError(f"{self._path}: this folder is filled by the node that is given its path")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path)}
+
+    def _exists(self) -> bool:
+        return True  # made by whoever writes to it
 
 
 class KerasModelDataset(AbstractDataset[Any, Any]):

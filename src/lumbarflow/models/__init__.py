@@ -12,6 +12,8 @@ import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from lumbarflow.backend import load_keras
+
 if TYPE_CHECKING:
     import keras
     import numpy as np
@@ -27,7 +29,8 @@ class Entry:
         name: in parameters.
         title: in tables and figures.
         build: (size, channels, classes, *, precision, **settings) -> an uncompiled Keras model, (n, H, W, channels) ->
-            probabilities float32 (n, H, W, classes).
+            probabilities float32 (n, H, W, classes). A model may have several outputs, as a list: the first is the
+            above and what is served; the others, coarser by whole strides, are for the loss alone.
         adapt: None for a net that is trained by gradient. For any other model: adapt(model, batches) sets its weights.
             `batches` can be read repeatedly and holds the training slices, unaugmented: images float32 (n, H, W, 1)
             and labels uint8 (n, H, W).
@@ -87,6 +90,17 @@ def find(name: str) -> Entry:
     if name not in MODELS:
         raise ValueError(f"model.name is {name!r}; expected one of {sorted(MODELS)}.")
     return MODELS[name]
+
+
+def serving_model(model: keras.Model) -> keras.Model:
+    """The model from its input to its first output alone, without the heads that only the loss needs.
+
+    It shares layers, and so weights, with `model`, goes by the same name and is saved and loaded like one that was
+    built without further heads. A model with one output is returned as it is.
+    """
+    if len(model.outputs) == 1:
+        return model
+    return load_keras().Model(model.input, model.outputs[0], name=model.name)
 
 
 def register_layers() -> None:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from lumbarflow.backend import load_keras
 from lumbarflow.models import register
-from lumbarflow.models.levels import check_size
+from lumbarflow.models.levels import batch_normalisation, check_size
 
 if TYPE_CHECKING:
     import keras
@@ -75,7 +75,7 @@ def attention_unet(
     def level(x, width, name):
         for k in (1, 2):
             x = layers.Conv2D(width, 3, use_bias=False, name=f"{name}_convolution_{k}", **shared)(x)
-            x = layers.BatchNormalization(momentum=batch_norm_momentum, name=f"{name}_norm_{k}", dtype=precision)(x)
+            x = batch_normalisation(f"{name}_norm_{k}", momentum=batch_norm_momentum, dtype=precision)(x)
             x = layers.ReLU(name=f"{name}_activation_{k}", dtype=precision)(x)
         return x
 

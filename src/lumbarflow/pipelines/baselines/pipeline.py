@@ -26,7 +26,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 train_runs,
-                inputs=["baseline_plan", "prepared_series"],
+                inputs=["baseline_plan", "prepared_series", "training_folder"],
                 outputs="baseline_models",
                 name="train_baselines",
             ),

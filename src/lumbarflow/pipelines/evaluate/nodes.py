@@ -11,13 +11,14 @@ import pandas as pd
 from lumbarflow import evaluation, metrics, tracking
 from lumbarflow.figures import Overlay, confusion_figure, overlay_figure
 from lumbarflow.files import value_digest
-from lumbarflow.inference import weights_digest
+from lumbarflow.inference import Segmenter
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
 from lumbarflow.paper_protocol import paper_scores
 from lumbarflow.parameters import check_names
 from lumbarflow.provenance import check_training
 from lumbarflow.store import SeriesStore, Work
+from lumbarflow.training_record import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def predict_test(
     check_training(training_record, weights, model_input.manifest)
     tracking.tag_manifest(model_input.manifest)
     network = value_digest(model.to_json())
-    return evaluation.prediction_work(lambda: model, weights, network, model_input, series, settings["batch_size"])
+    return evaluation.prediction_work(lambda: model, weights, network, model_input, series, settings)
 
 
 def score_cases(
@@ -92,16 +93,16 @@ def score_cases(
 def score_paper_protocol(
     model: Any, model_input: ModelInput, evaluation_settings: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The same net by the paper's measures (twice: for machines and for people)."""
+    """The same net, with the same test-time augmentation, by the paper's measures (twice: for machines and people)."""
     slices = model_input.slices("test")
-    size = evaluation_settings["batch_size"]
+    segmenter = Segmenter(model, model_input.segmenter_settings(evaluation_settings))
 
     def batches():
-        for start in range(0, len(slices), size):
-            batch = slices[start : start + size]
-            images = np.stack([model_input.image(*where) for where in batch]).astype(np.float32)[..., None]
-            probabilities = np.asarray(model.predict(images, batch_size=size, verbose=0), np.float32)
-            yield np.stack([model_input.label(*where) for where in batch]), probabilities
+        for start in range(0, len(slices), segmenter.batch_size):
+            batch = slices[start : start + segmenter.batch_size]
+            images = np.stack([model_input.image(*where, segmenter.neighbours) for where in batch])
+            net_input = images.astype(np.float32).reshape(len(batch), *model_input.size, -1)
+            yield np.stack([model_input.label(*where) for where in batch]), segmenter.predict(net_input)
 
     table = paper_scores(batches(), settings)
     for row in table.itertuples():

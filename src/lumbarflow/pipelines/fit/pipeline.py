@@ -11,7 +11,14 @@ def create_pipeline(**kwargs) -> Pipeline:
         [
             node(
                 train_model,
-                inputs=["model_input", "params:model", "params:loss", "params:training", "params:augmentation"],
+                inputs=[
+                    "model_input",
+                    "params:model",
+                    "params:loss",
+                    "params:training",
+                    "params:augmentation",
+                    "training_folder",
+                ],
                 outputs=["model", "training_record", "training_history", "training_history_csv"],
                 name="train_model",
             ),

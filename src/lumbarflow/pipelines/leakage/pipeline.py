@@ -32,7 +32,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             ),
             node(
                 train_runs,
-                inputs=["leakage_plan", "prepared_series"],
+                inputs=["leakage_plan", "prepared_series", "training_folder"],
                 outputs="leakage_models",
                 name="train_leakage_runs",
             ),

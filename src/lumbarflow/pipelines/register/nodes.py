@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow import registry, tracking
-from lumbarflow.inference import weights_digest
+from lumbarflow.inference import EARLIER
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.provenance import check_evaluation
+from lumbarflow.training_record import weights_digest
 
 
 def register_model(
@@ -28,6 +29,14 @@ def register_model(
 
     check_names(settings, ("name", "alias"), "registration")
     check_evaluation(summary, weights_digest(model), model_input.manifest)
+    # It would be served otherwise than its figures say.
+    name = "test_time_augmentation"
+    evaluated = {**EARLIER, **summary["settings"]["evaluation"]}[name]
+    if evaluated != evaluation[name]:
+        raise ValueError(
+            f"evaluation_summary: its figures were made with {name} {evaluated}, and the parameters say "
+            f"{evaluation[name]}; expected the same. Run: kedro run --pipeline=evaluate"
+        )
     tracking.tag_manifest(model_input.manifest)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
@@ -36,6 +45,6 @@ def register_model(
             path,
             model_input.manifest,
             metrics_by_class.to_dict("records"),
-            model_input.segmenter_settings(evaluation["batch_size"]),
+            model_input.segmenter_settings(evaluation),
             settings,
         )

@@ -30,15 +30,18 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SLICES_PER_SERIES = 20
-# What may be set otherwise, each tried alone: environment variables, and settings of the section training.
-OPTIONS = {
-    "XLA": ({}, {"jit_compile": True}),
-    "batches twice as large": ({}, {"batch_size": 2.0}),
-    "TensorFlow's own convolutions (oneDNN off)": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, {}),
-    "one inter-op thread": ({"TF_NUM_INTEROP_THREADS": "1"}, {}),
-    "float32": ({}, {"precision": "float32"}),
-    "mixed_bfloat16": ({}, {"precision": "mixed_bfloat16"}),
-}
+
+
+def options(batch: int) -> dict[str, tuple[dict[str, str], dict]]:
+    """What may be set otherwise, each tried alone: environment variables, and settings of the section training."""
+    return {
+        "XLA": ({}, {"jit_compile": True}),
+        "batches twice as large": ({}, {"batch_size": 2 * batch}),
+        "TensorFlow's own convolutions (oneDNN off)": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, {}),
+        "one inter-op thread": ({"TF_NUM_INTEROP_THREADS": "1"}, {}),
+        "float32": ({}, {"precision": "float32"}),
+        "mixed_bfloat16": ({}, {"precision": "mixed_bfloat16"}),
+    }
 
 
 def write_model_input(folder: Path, series: int, size: int) -> None:
@@ -63,19 +66,16 @@ def write_model_input(folder: Path, series: int, size: int) -> None:
 
 def settings(arguments) -> dict:
     read = yaml.safe_load((ROOT / "conf/base/parameters_fit.yml").read_text())
-    changes = {"epochs": 2, "batch_size": arguments.batch} | json.loads(arguments.training)
-    if isinstance(changes["batch_size"], float):
-        changes["batch_size"] = int(changes["batch_size"] * arguments.batch)
-    read["training"] |= changes
+    read["training"] |= {"epochs": 2, "batch_size": arguments.batch} | json.loads(arguments.training)
     return read
 
 
 def plain(folder: Path, arguments) -> dict:
-    from lumbarflow import models
-    from lumbarflow.backend import load_keras
+    started = time.monotonic()
+    from lumbarflow import models, training
+    from lumbarflow.backend import describe_hardware, load_keras
     from lumbarflow.model_input import ModelInput
 
-    started = time.monotonic()
     keras = load_keras()
     ops = keras.ops
     model_input, chosen = ModelInput.open(folder), settings(arguments)
@@ -91,7 +91,7 @@ def plain(folder: Path, arguments) -> dict:
 
     net = dict(chosen["model"])
     model = models.build(net.pop("name"), model_input.size, 1, 4, precision="float32", **net)
-    model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=keras.config.backend() == "jax")
+    model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=training._jit_compile(None, describe_hardware()))
     steps = Steps(started)
     model.fit(images, targets, batch_size=arguments.batch, epochs=2, verbose=0, callbacks=[steps.callback(keras)])
     return steps.figures(arguments.batch)
@@ -119,10 +119,10 @@ class Steps:
 
 
 def stream(folder: Path, arguments, cached: bool = False) -> dict:
-    from lumbarflow import batches, training
+    started = time.monotonic()
+    from lumbarflow import batches, epochs, training
     from lumbarflow.model_input import ModelInput
 
-    started = time.monotonic()
     model_input, chosen = ModelInput.open(folder), settings(arguments)
     batch = chosen["training"]["batch_size"]
     wanted = arguments.steps * batch
@@ -134,26 +134,28 @@ def stream(folder: Path, arguments, cached: bool = False) -> dict:
         read, once = batches.SliceBatches.__getitem__, {}
 
         def take(self, index):
-            if self.shuffle:
-                return once.setdefault(0, read(self, 0)) if not once else once[0]
-            return read(self, index)
+            if not self.shuffle:
+                return read(self, index)
+            if not once:
+                once[0] = read(self, 0)
+            return once[0]
 
         batches.SliceBatches.__getitem__ = take
     steps = Steps(started)
-    begin = training._Epochs.on_train_batch_end
+    go_on = epochs.Epochs.on_train_batch_end
 
     def clock(self, number, logs=None):
         float(logs["loss"])
         steps.ends.append(time.monotonic())
-        begin(self, number, logs)
+        go_on(self, number, logs)
 
-    training._Epochs.on_train_batch_end = clock
+    epochs.Epochs.on_train_batch_end = clock
     result = training.fit(model_input, chosen)
     return steps.figures(batch) | {"precision": result.hardware["precision"], "hardware": result.hardware}
 
 
 def memory(folder: Path, arguments) -> dict:
-    """Peak RssAnon in MiB while three epochs are trained."""
+    """Peak RssAnon in MiB while two epochs are trained."""
     from lumbarflow import training
     from lumbarflow.model_input import ModelInput
 
@@ -238,7 +240,7 @@ def main() -> None:
         print(f"stream / plain: {statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})")
         print(f"input's share of the step: {statistics.median(share):.1%} ({min(share):.1%} to {max(share):.1%})")
         if arguments.options:
-            for name, (environment, changes) in OPTIONS.items():
+            for name, (environment, changes) in options(arguments.batch).items():
                 ratios = []
                 for _ in range(arguments.rounds):
                     base = run("stream", folder, arguments, training=training)

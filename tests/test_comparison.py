@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from lumbarflow import comparison
 from lumbarflow.store import SeriesStore, Work
@@ -107,3 +109,125 @@ def test_baselines_stand_with_what_they_cost(trained):
 
 def test_predictions_of_runs_do_not_mix():
     assert comparison.prediction_entry("slice", "1_t1") != comparison.prediction_entry("patient", "1_t1")
+
+
+# --- rows of techniques
+
+ROWS = {
+    "base": {},
+    "wide": {"model": {"batch_norm_momentum": 0.5}, "training": {"seed": 3}},
+    "turned": {"evaluation": {"test_time_augmentation": {"rotation_degrees": 3.0}}},
+    "other": {"model": {"name": "plain_unet"}},
+    "large": "not run: needs other slices",
+}
+SHARED = {
+    "model": {"name": "modified_unet", "upsample_block": "all"},
+    "loss": {"gamma": 4.0},
+    "training": {"epochs": 2},
+    "augmentation": {},
+}
+
+
+def test_rows_change_what_they_name_and_share_the_rest():
+    plan = comparison.plan_rows(MANIFEST, SHARED, ROWS, "screen")
+    assert list(plan) == ["base", "wide", "turned", "other"]
+    assert plan["base"]["settings"] == SHARED
+    assert plan["wide"]["settings"] == SHARED | {
+        "model": {"name": "modified_unet", "upsample_block": "all", "batch_norm_momentum": 0.5},
+        "training": {"epochs": 2, "seed": 3},
+    }
+    # How a net is used does not make it another one; the settings of one net are none of another's.
+    assert plan["turned"]["entry"] == plan["base"]["entry"]
+    assert plan["turned"]["evaluation"] == {"test_time_augmentation": {"rotation_degrees": 3.0}}
+    assert plan["other"]["settings"]["model"] == {"name": "plain_unet"}
+    with pytest.raises(ValueError, match=r"unknown setting screen.rows.slip.trainin; expected some of \['model'"):
+        comparison.plan_rows(MANIFEST, SHARED, {"slip": {"trainin": {}}}, "screen")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"emma": 1}}, "unknown setting training.emma"),
+        ({"training": {"ema_momentum": 2}}, "training.ema_momentum is 2; expected a share"),
+        ({"augmentation": {"noise": -1}}, "augmentation.noise is -1; expected"),
+        ({"model": {"width": 1}}, "unknown setting model.width"),
+        ({"evaluation": {"metrics": {}}}, "unknown setting screen.rows.slip.evaluation.metrics"),
+        ({"evaluation": {"test_time_augmentation": {"shift": 2}}}, "test_time_augmentation.shift is 2; expected"),
+    ],
+)
+def test_a_slip_in_a_row_is_found_before_anything_is_trained(changes, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.plan_rows(MANIFEST, SHARED, {"base": {}, "slip": changes}, "screen")
+
+
+def test_settings_without_effect_do_not_make_another_net():
+    run = comparison.plan_run(MANIFEST, SHARED)
+    same = SHARED | {"training": {"epochs": 2, "workers": 4, "devices": 2, "resume": False, "batch_size": 8}}
+    assert comparison.plan_run(MANIFEST, same)["key"] == run["key"]
+    # What it cut short would be stored as the run's net.
+    cut = SHARED | {"training": {"epochs": 2, "max_minutes": 1}}
+    assert comparison.plan_run(MANIFEST, cut)["key"] != run["key"]
+
+
+def test_the_papers_recipe_is_the_papers_in_every_environment():
+    configured = yaml.safe_load((Path(__file__).parents[1] / "conf/base/parameters_recipes.yml").read_text())
+    row = {"paper_recipe": configured["recipes"]["rows"]["paper_recipe"]}
+    base = yaml.safe_load((Path(__file__).parents[1] / "conf/base/parameters_fit.yml").read_text())
+    other = {
+        "model": base["model"] | {"upsample_block": "all", "batch_norm_momentum": 0.5, "deep_supervision": 2},
+        "loss": base["loss"] | {"gamma": 1.0, "alpha": 0.1, "missed_weight": 0.9, "boundary_weight": 3.0},
+        "training": base["training"]
+        | {"epochs": 3, "batch_size": 2, "learning_rate": 0.1, "ema_momentum": 0.5, "neighbours": 2, "patience": 2}
+        | {"weight_decay": 0.1, "warmup_epochs": 1, "balanced_sampling": 1.0},
+        "augmentation": base["augmentation"] | {"enabled": True},
+    }
+    keys = {comparison.plan_rows(MANIFEST, shared, row, "recipes")["paper_recipe"]["key"] for shared in (base, other)}
+    assert len(keys) == 1
+    paper = yaml.safe_load((Path(__file__).parents[1] / "conf/paper/parameters_fit.yml").read_text())
+    settings = comparison.plan_rows(MANIFEST, other, row, "recipes")["paper_recipe"]["settings"]
+    for section, values in paper.items():
+        assert {name: settings[section][name] for name in values} == values
+
+
+def test_the_screen_sets_rows_beside_the_reference_and_names_those_not_run(tmp_path):
+    plan = comparison.plan_rows(MANIFEST, SHARED, ROWS, "screen")
+    history = [
+        {"epoch": 1, "val_mean_iou": 0.7, "slices_per_second": 5.0},
+        {"epoch": 2, "val_mean_iou": 0.6, "slices_per_second": 7.0},
+    ]
+    record = {"parameters": 7, "epochs": 2, "best_epoch": 1, "seconds": 90.0}
+    store = SeriesStore(tmp_path)
+    store.update(
+        {
+            plan["base"]["entry"]: Work("k", lambda: {"history.json": history, "record.json": record}),
+            plan["wide"]["entry"]: Work("k", lambda: {"record.json": {"key": None, "not_run": "not run: late"}}),
+            plan["other"]["entry"]: Work("k", lambda: {"history.json": history, "record.json": record}),
+        }
+    )
+    table = comparison.screen_table(ROWS, plan, store, by_class(base=0.8, turned=0.9, other=0.75), "base")
+    assert table["row"].tolist() == ["turned", "base", "other", "wide", "large"]
+    assert table["outcome"].tolist() == ["run", "run", "run", "not run: late", "not run: needs other slices"]
+    assert table["difference"].tolist()[:3] == pytest.approx([0.1, 0, -0.05])
+    assert table["difference"].isna().tolist() == [False] * 3 + [True] * 2
+    row = table.iloc[1]
+    assert (row["epochs"], row["best_epoch"], row["val_mean_iou"], row["minutes"]) == (2, 1, 0.7, 1.5)
+    assert (row["dice_IVD"], row["slices_per_second"], row["parameters"]) == (0.8, 6.0, 7)
+    assert json.loads(table.iloc[3]["changes"]) == ROWS["wide"]
+
+
+def test_seeds_are_summarised_by_recipe_and_class():
+    figures = by_class(a7=0.8, a8=0.9, b7=0.5)
+    table = comparison.seeds_table(figures, {"a7": ("a", 7), "a8": ("a", 8), "b7": ("b", 7)})
+    assert table["recipe"].tolist() == ["a"] * 4 + ["b"] * 4
+    assert table["class"].tolist()[:4] == ["vertebrae", "canal", "IVD", "mean foreground"]
+    row = table.iloc[0]
+    assert (row["seeds"], row["dice_mean"], row["dice_lowest"], row["dice_highest"]) == (
+        2,
+        pytest.approx(0.85),
+        0.8,
+        0.9,
+    )
+    # Of two values: their distance over the root of 2.
+    assert row["dice_std"] == pytest.approx(0.1 / 2**0.5)
+    assert row["asd_mm_mean"] == pytest.approx(0.98), "mean over cases"
+    assert (table.iloc[4]["seeds"], np.isnan(table.iloc[4]["dice_std"])) == (1, True)

@@ -15,7 +15,7 @@ from kedro.config import OmegaConfigLoader
 ROOT = Path(__file__).parents[1]
 PIPELINES = {
     "synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__", "report", "leakage",
-    "baselines", "evaluate_external", "export_nnunet", "apta_audit",
+    "baselines", "evaluate_external", "export_nnunet", "apta_audit", "screen", "recipes", "tune",
 }  # fmt: skip
 CATALOG = {
     "series_index", "ingest_report", "slice_index", "split", "model_input", "model", "training_history", "predictions",

@@ -523,7 +523,7 @@ def assert_pulled_equals_pipeline(python, model_uri, network, folder, environmen
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW", "KERAS"))}
     environment = inherited | {"MLFLOW_DISABLE_TELEMETRY": "true"} | (environment or {})
     subprocess.run([python, "pulled.py", str(folder), model_uri], cwd=folder, env=environment, check=True, timeout=600)
-    from lumbarflow.training import load_model
+    from lumbarflow.networks import load_model
 
     segmenter = Segmenter(load_model(network), SETTINGS)
     labels = np.load(folder / "labels.npy")

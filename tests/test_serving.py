@@ -60,7 +60,7 @@ def test_the_record_says_how_to_serve_and_an_earlier_one_lacks_test_time_augment
     slices, tmp_path, monkeypatch, more
 ):
     (tmp_path / "segmenter.json").write_text(json.dumps({"settings": SETTINGS | more}))
-    monkeypatch.setattr("lumbarflow.training.load_model", lambda path: Bands())
+    monkeypatch.setattr("lumbarflow.networks.load_model", lambda path: Bands())
     served = LumbarSegmenter()
     artifacts = {"network": "unread.keras", "segmenter": str(tmp_path / "segmenter.json")}
     served.load_context(SimpleNamespace(artifacts=artifacts))

@@ -8,14 +8,19 @@ import pytest
 from lumbarflow import tracking
 
 
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """In a store of its own; creating its tables takes seconds."""
+    former, folder = mlflow.get_tracking_uri(), tmp_path_factory.mktemp("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield mlflow.create_experiment("test", artifact_location=str(folder / "artefacts"))
+    mlflow.set_tracking_uri(former)
+
+
 @pytest.fixture
-def run(tmp_path):
-    former = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = mlflow.create_experiment("test", artifact_location=str(tmp_path / "artefacts"))
+def run(experiment):
     with mlflow.start_run(experiment_id=experiment) as active:
         yield lambda: mlflow.MlflowClient().get_run(active.info.run_id).data
-    mlflow.set_tracking_uri(former)
 
 
 def test_tags_and_figures_go_to_the_active_run(run):
@@ -39,7 +44,7 @@ def test_an_epoch_is_the_step_of_its_figures(run):
 
 
 def test_a_child_run_takes_what_is_logged_meanwhile(run):
-    with tracking.child_run("trial 1", {"loss.alpha": 0.5, "widths": [8, 16]}):
+    with tracking.child_run("trial 1", {"loss.alpha": 0.5, "widths": [8, 16]}) as run_id:
         tracking.log_epoch({"epoch": 1, "loss": 0.9})
         tracking.tag_run({"state": "complete"})
         child = mlflow.active_run().info
@@ -51,13 +56,37 @@ def test_a_child_run_takes_what_is_logged_meanwhile(run):
     assert child.experiment_id == parent.experiment_id != "0"
     assert run().metrics == {"dice": 0.5} and not run().params
     assert mlflow.MlflowClient().get_run(child.run_id).info.status == "FINISHED"
+    assert run_id == child.run_id
+
+
+def test_an_error_that_leaves_a_child_run_marks_it_as_failed(run):
+    with pytest.raises(KeyError, match="broken"), tracking.child_run("trial 1", {}) as run_id:
+        raise KeyError("broken")
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "FAILED"
+    assert mlflow.active_run().info.run_id != run_id
+
+
+def test_a_run_whose_process_was_killed_is_marked_as_killed(run, caplog):
+    client = mlflow.MlflowClient()
+    experiment = mlflow.active_run().info.experiment_id
+    open_run, ended = (client.create_run(experiment).info.run_id for _ in range(2))
+    client.set_terminated(ended, "FAILED", end_time=1000)
+    for run_id in (open_run, ended):
+        tracking.kill_run(run_id)
+        assert client.get_run(run_id).info.status == "KILLED"
+    assert client.get_run(open_run).info.end_time > 1000 == client.get_run(ended).info.end_time
+    assert not caplog.records
+    # A run that somebody removed should not keep its search from going on.
+    tracking.kill_run("0" * 32)
+    assert "cannot be marked as killed" in caplog.text
 
 
 def test_without_a_run_nothing_is_written():
     tracking.tag_run({"a": 1})
     tracking.log_metrics({"a": 1})
-    with tracking.child_run("trial 1", {"a": 1}):
-        assert mlflow.active_run() is None
+    with tracking.child_run("trial 1", {"a": 1}) as run_id:
+        assert mlflow.active_run() is run_id is None
+    tracking.kill_run("0" * 32)
     assert mlflow.active_run() is None
 
 

@@ -12,10 +12,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from lumbarflow import models, training
+from lumbarflow import epochs, models, training
 from lumbarflow.backend import load_keras
+from lumbarflow.batches import SliceBatches
+from lumbarflow.checkpoint import Checkpoint
 from lumbarflow.model_input import FORMAT_VERSION, ModelInput
-from lumbarflow.training import SliceBatches, fit, load_model, save_model
+from lumbarflow.networks import load_model, save_model
+from lumbarflow.training import fit
 
 SIZE = (16, 24)
 TINY_NET = {
@@ -74,9 +77,21 @@ def one_layer(size, channels, classes, *, precision):
     return keras.Model(inputs, x, name="one_layer")
 
 
+def one_layer_normalised(size, channels, classes, *, precision):
+    """The same with moving averages: all kinds of variables that a net can have."""
+    keras = load_keras()
+    x = inputs = keras.Input((*size, channels))
+    x = keras.layers.Conv2D(8, 1)(x)
+    x = keras.layers.BatchNormalization(momentum=0.5)(x)
+    x = keras.layers.Dropout(0.1)(x)
+    x = keras.layers.Conv2D(classes, 1, activation="softmax")(x)
+    return keras.Model(inputs, x, name="one_layer_normalised")
+
+
 @pytest.fixture
 def quick(monkeypatch) -> dict:
-    monkeypatch.setitem(models.MODELS, "one_layer", models.Entry("one_layer", "One layer", one_layer))
+    for build in (one_layer, one_layer_normalised):
+        monkeypatch.setitem(models.MODELS, build.__name__, models.Entry(build.__name__, "One layer", build))
     return {"name": "one_layer"}
 
 
@@ -139,7 +154,8 @@ def run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SliceBatches, "_slice", recording)
-        patch.setattr(training.logger, "info", lambda line, *values: lines.append(line % values))
+        for logger in (training.logger, epochs.logger):
+            patch.setattr(logger, "info", lambda line, *values: lines.append(line % values))
         result = fit(prepared, chosen, output=root / "output", on_epoch=told.append)
     return {"root": root, "model_input": prepared, "result": result, "told": told, "lines": lines, "read": read}
 
@@ -265,7 +281,7 @@ def test_the_best_epochs_weights_are_returned_and_patience_ends_the_run(tmp_path
 
 
 def test_a_budget_ends_the_run_after_the_epoch(model_input, quick, caplog):
-    with caplog.at_level(logging.INFO, "lumbarflow.training"):
+    with caplog.at_level(logging.INFO, "lumbarflow"):
         result = fit(model_input, settings(model=quick, epochs=9, max_minutes=1e-4))
     assert (len(result.history), result.stopped_by) == (1, "max_minutes")
     assert "stopped after epoch 1" in caplog.messages[-1]
@@ -325,11 +341,16 @@ def test_an_atlas_is_shown_every_training_slice_as_it_is_stored(model_input):
 def test_an_atlas_is_read_by_a_process_that_never_built_one(tmp_path):
     # Here its layer is registered already; where a model is pulled, only load_model has been imported.
     save_model(models.build("atlas", (3, 5), 1, 4), tmp_path / "atlas.keras")
-    code = "import sys; from lumbarflow.training import load_model; print(load_model(sys.argv[1]).count_params())"
+    code = "import sys; from lumbarflow.networks import load_model; print(load_model(sys.argv[1]).count_params())"
     told = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "atlas.keras"], capture_output=True, text=True, check=True
     )
     assert told.stdout.split() == [str(3 * 5 * 5)]
+
+
+def test_an_atlas_takes_no_neighbours(model_input):
+    result = fit(model_input, settings(model={"name": "atlas"}, neighbours=2))
+    assert result.model.input_shape == (None, *SIZE, 1)
 
 
 def test_an_atlas_knows_its_settings_by_name(model_input):
@@ -429,13 +450,14 @@ def everything(**overrides):
     )
 
 
-def test_an_interrupted_training_ends_with_the_weights_of_a_whole_one(model_input, tmp_path):
-    whole = fit(model_input, everything(), output=tmp_path / "whole")
+def test_an_interrupted_training_ends_with_the_weights_of_a_whole_one(model_input, tmp_path, quick):
+    chosen = everything(model={"name": "one_layer_normalised"})
+    whole = fit(model_input, chosen, output=tmp_path / "whole")
     told = []
     for epoch in (1, 3):
         with pytest.raises(Stopped):
-            fit(model_input, everything(), output=tmp_path / "parts", on_epoch=stopping_after(epoch))
-    parts = fit(model_input, everything(), output=tmp_path / "parts", on_epoch=told.append)
+            fit(model_input, chosen, output=tmp_path / "parts", on_epoch=stopping_after(epoch))
+    parts = fit(model_input, chosen, output=tmp_path / "parts", on_epoch=told.append)
     assert same_weights(whole.model, parts.model)
     assert [entry["epoch"] for entry in told] == [1, 2, 3, 4], "whoever follows gets the whole curve"
     for name in ("loss", "val_loss", "val_mean_iou", "learning_rate"):
@@ -490,6 +512,40 @@ def test_the_checkpoint_of_another_training_is_not_taken(model_input, tmp_path, 
     assert same_weights(other.model, fit(model_input, settings(model=quick, seed=1)).model)
 
 
+def test_what_other_code_has_trained_is_trained_anew(model_input, tmp_path, quick, monkeypatch, caplog):
+    output, code = tmp_path / "output", training.training_code
+    first = fit(model_input, settings(model=quick), output=output)
+    # Another minor version of Python reads the same bytes into another syntax tree: that is the same code.
+    monkeypatch.setattr(training, "training_code", lambda build: code(build) | {"syntax": "other"})
+    assert fit(model_input, settings(model=quick), output=output).history == first.history
+    assert "made by other code" not in caplog.text
+    monkeypatch.setattr(training, "training_code", lambda build: {"syntax": "other", "bytes": "other"})
+    again = fit(model_input, settings(model=quick), output=output)
+    assert "made by other code than today's; training anew" in caplog.text
+    assert again.history != first.history, "seconds are never the same twice"
+
+
+def test_a_training_goes_on_in_the_precision_that_it_began_in(model_input, tmp_path, quick):
+    output, chosen = tmp_path / "output", {"model": TINY_NET, "epochs": 2, "precision": "auto"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumbarflow.backend.BFLOAT16_CPU_FLAGS", frozenset({"fpu"}))
+        with pytest.raises(Stopped):
+            fit(model_input, settings(**chosen), output=output, on_epoch=stopping_after(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lumbarflow.backend.BFLOAT16_CPU_FLAGS", frozenset())
+        for _ in range(2):  # on after one epoch, and taken up when it is finished
+            result = fit(model_input, settings(**chosen), output=output)
+            assert result.hardware["precision"] == "mixed_bfloat16"
+            assert "bfloat16" in {layer.compute_dtype for layer in result.model.layers}
+
+
+def test_what_is_written_beside_a_net_is_written_once(tmp_path):
+    (tmp_path / "out").mkdir()
+    first = training.keep_record({"weights": "w", "git_commit": "a"}, tmp_path / "out")
+    assert training.keep_record({"weights": "w", "git_commit": "b"}, tmp_path / "out") == first
+    assert training.keep_record({"weights": "v", "git_commit": "b"}, tmp_path / "out")["git_commit"] == "b"
+
+
 def test_a_checkpoint_of_another_net_is_refused(model_input, tmp_path, quick, monkeypatch):
     output = tmp_path / "output"
     with pytest.raises(Stopped):
@@ -500,27 +556,29 @@ def test_a_checkpoint_of_another_net_is_refused(model_input, tmp_path, quick, mo
         inputs = keras.Input((*size, channels))
         return keras.Model(inputs, keras.layers.Conv2D(classes, 3, padding="same", activation="softmax")(inputs))
 
+    code = training.training_code(one_layer)
+    monkeypatch.setattr(training, "training_code", lambda build: code)
     monkeypatch.setitem(models.MODELS, "one_layer", models.Entry("one_layer", "One layer", wider))
     with pytest.raises(ValueError, match="its variables are not those of this net; expected the same"):
         fit(model_input, settings(model=quick, epochs=2), output=output)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(model_input, tmp_path, quick, monkeypatch):
-    output, write = tmp_path / "output", training.Checkpoint.write
+    output, write = tmp_path / "output", Checkpoint.write
 
     def full(self, path):
         if len(self.progress["history"]) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, path)
 
-    monkeypatch.setattr(training.Checkpoint, "write", full)
+    monkeypatch.setattr(Checkpoint, "write", full)
     message = (
         r"the checkpoint of epoch 2 cannot be written \(No space left on device\); expected room for 1 MiB. The "
         r"checkpoint of epoch 1 is whole: make room and give the same command again, which goes on from there.*npz"
     )
     with pytest.raises(OSError, match=message):
         fit(model_input, settings(model=quick, epochs=3), output=output)
-    monkeypatch.setattr(training.Checkpoint, "write", write)
+    monkeypatch.setattr(Checkpoint, "write", write)
     rest = fit(model_input, settings(model=quick, epochs=3), output=output)
     assert same_weights(rest.model, fit(model_input, settings(model=quick, epochs=3)).model)
 
@@ -532,7 +590,10 @@ def test_too_little_memory_says_what_to_lower(model_input, quick, monkeypatch):
     for error in (MemoryError(), ResourceExhaustedError("OOM when allocating"), RuntimeError("RESOURCE_EXHAUSTED: 9G")):
 
         def fails(*args, error=error, **kwargs):
-            raise error
+            try:
+                raise error
+            finally:
+                raise TypeError("Keras tidied up")
 
         monkeypatch.setattr(training.keras.Model, "fit", fails)
         with pytest.raises(MemoryError, match=r"batches of 2 slices of 16 x 24 .* Lower training.batch_size, or"):
@@ -551,25 +612,31 @@ def test_other_errors_of_a_step_stay_what_they_are(model_input, quick, monkeypat
 # --- techniques
 
 
-def test_the_average_of_the_weights_is_what_is_validated_and_returned(model_input, quick):
-    # One epoch of one step: the average starts with the weights after it, so both nets are the same one.
-    chosen = {"model": quick, "epochs": 1, "batch_size": 5}
-    assert same_weights(
-        fit(model_input, settings(**chosen, ema_momentum=0.5)).model, fit(model_input, settings(**chosen)).model
-    )
-    # Two steps: half of the first and half of the second.
-    chosen["epochs"] = 2
-    first, second = (fit(model_input, settings(**chosen | {"epochs": n}), None).model for n in (1, 2))
-    monotone = settings(**chosen, ema_momentum=0.5)
-    result = fit(model_input, monotone)
-    if result.best_epoch == 2:
-        for a, b, average in zip(first.get_weights(), second.get_weights(), result.model.get_weights(), strict=True):
-            np.testing.assert_allclose(average, (a + b) / 2, atol=1e-6)
-    else:  # the average of the first step alone
-        assert same_weights(result.model, first)
-    assert mean_iou(result.model, model_input) == pytest.approx(
-        result.history[result.best_epoch - 1]["val_mean_iou"], rel=1e-5
-    )
+def test_the_average_of_the_weights_is_what_is_validated_and_returned(model_input, quick, monkeypatch):
+    # Each epoch is one step, and each epoch's net counts as better than the last.
+    evaluate, scored = training.keras.Model.evaluate, []
+
+    def rising(self, *args, **kwargs):
+        scored.append(self)
+        return evaluate(self, *args, **kwargs) | {"mean_iou": len(scored)}
+
+    monkeypatch.setattr(training.keras.Model, "evaluate", rising)
+    normalised = {"name": "one_layer_normalised"}
+    chosen = {"model": normalised, "epochs": 2, "batch_size": 5, "patience": 9}
+    first = fit(model_input, settings(**chosen | {"epochs": 1})).model
+    second = fit(model_input, settings(**chosen)).model
+    averaged = fit(model_input, settings(**chosen, ema_momentum=0.75))
+    assert averaged.best_epoch == 2
+    for variable, a, b, average in zip(
+        second.weights, first.get_weights(), second.get_weights(), averaged.model.get_weights(), strict=True
+    ):
+        # The average begins with the first step's weights. Moving averages of the batches are taken as they are.
+        expected = b if "moving" in variable.name else 0.75 * a + 0.25 * b
+        np.testing.assert_allclose(average, expected, atol=1e-6)
+    images, labels = SliceBatches(model_input, "validation", 3)[0]
+    validated = float(training.FocalDiceLoss()(labels, averaged.model.predict(images, verbose=0)))
+    # Batches of 5: all of the validation slices at once.
+    assert averaged.history[1]["val_loss"] == pytest.approx(validated, rel=1e-5)
 
 
 def test_warm_up_rises_and_then_the_cosine_falls(model_input, quick):
@@ -626,20 +693,30 @@ def prepared(model_input):
     return model_input
 
 
+# Epochs that last, so that the signal comes in the middle of one.
+SLOW = """
+import sys, time
+from lumbarflow import epochs, training
+
+def slowly(self, batch, logs=None):
+    time.sleep(0.3)
+
+epochs.Epochs.on_train_batch_begin, begin = (
+    lambda self, batch, logs=None: (slowly(self, batch), begin(self, batch, logs)), epochs.Epochs.on_train_batch_begin
+)
+sys.exit(training.main())
+"""
 KILLED_WHILE_IT_WRITES = """
 import os, signal, sys
 import numpy as np
 from lumbarflow import training
 
 def half(file, **arrays):
-    if len(written) == 1:
-        file.write(b"PK half of it")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    written.append(1)
-    savez(file, **arrays)
+    file.write(b"PK half of it")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 
-written, savez, np.savez = [], np.savez, half
+np.savez = half
 sys.exit(training.main())
 """
 
@@ -649,9 +726,9 @@ def test_a_killed_command_goes_on_and_ends_like_one_that_was_not(prepared, tmp_p
     output = tmp_path / "output"
 
     # In the middle of an epoch, by SIGTERM: the second of four, once the first is there.
-    process = subprocess.Popen(command(prepared.root, output), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(prepared.root, output, code=SLOW), stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if "epoch 1 of 4" in line:
+        if "epoch 1 of 4: loss" in line:
             process.terminate()
             break
     process.stderr.close()
@@ -660,12 +737,16 @@ def test_a_killed_command_goes_on_and_ends_like_one_that_was_not(prepared, tmp_p
     # In the middle of a checkpoint, by SIGKILL.
     done = subprocess.run(command(prepared.root, output, code=KILLED_WHILE_IT_WRITES), capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    reached = len(training.Checkpoint.read(output / "checkpoint.npz").progress["history"])
+    reached = len(Checkpoint.read(output / "checkpoint.npz").progress["history"])
     assert 1 <= reached < 4
+    assert list(output.glob(".partial-*")), "what was being written is still there"
 
     done = subprocess.run(command(prepared.root, output), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"going on after epoch {reached} of 4" in done.stderr
+    assert sorted(path.name for path in output.iterdir()) == [
+        "best.keras", "checkpoint.npz", "training_history.csv", "training_record.json"
+    ]  # fmt: skip
     assert same_weights(load_model(output / "best.keras"), whole.model)
     record = json.loads((output / "training_record.json").read_text())
     assert record["best_epoch"] == whole.best_epoch
@@ -680,13 +761,14 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(prepared, tmp_path)
     code = (
         "import resource, signal, sys\n"
         "from lumbarflow import training\n"
+        "from lumbarflow.checkpoint import Checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "write = training.Checkpoint.write\n"
+        "write = Checkpoint.write\n"
         "def limited(self, path):\n"
         "    if len(self.progress['history']) == 2:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"
         "    write(self, path)\n"
-        "training.Checkpoint.write = limited\n"
+        "Checkpoint.write = limited\n"
         "sys.exit(training.main())\n"
     )
     output = tmp_path / "output"
@@ -694,15 +776,17 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(prepared, tmp_path)
     assert done.returncode == 1
     assert "the checkpoint of epoch 2 cannot be written" in done.stderr
     assert "The checkpoint of epoch 1 is whole" in done.stderr
-    assert len(training.Checkpoint.read(output / "checkpoint.npz").progress["history"]) == 1
+    assert len(Checkpoint.read(output / "checkpoint.npz").progress["history"]) == 1
     assert not list(output.glob(".partial*"))
 
 
 def test_the_command_takes_settings_from_several_files(tmp_path, capsys):
     (tmp_path / "a.yml").write_text("training: {epochs: 3, seed: 1}\nloss: {alpha: 0.5}\n")
-    (tmp_path / "b.json").write_text('{"training": {"epochs": 5}}')
+    # PyYAML reads 1e-3 as a text.
+    (tmp_path / "b.json").write_text('{"training": {"epochs": 5, "learning_rate": "1e-3", "precision": "auto"}}')
     read = training.read_settings([tmp_path / "a.yml", tmp_path / "b.json"])
-    assert read == {"training": {"epochs": 5, "seed": 1}, "loss": {"alpha": 0.5}}
+    changed = {"epochs": 5, "learning_rate": 0.001, "precision": "auto"}
+    assert read == {"training": {"seed": 1} | changed, "loss": {"alpha": 0.5}}
     for name, text, message in (
         ("c.json", "{", "c.json: not JSON"),
         ("c.yml", "a: [", "c.yml: not YAML"),

@@ -7,6 +7,7 @@ threads nor the order of reading change what the net sees.
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class SliceBatches(keras.utils.PyDataset):
             often, see `balanced_probabilities`; 0 shows every slice once. With `shuffle` only.
         neighbours: slices on either side that are further channels, see `ModelInput.image`.
         outputs: how often the labels are repeated, for nets with several outputs.
-        workers: threads that read ahead; 0 reads when asked.
+        workers: threads that prepare the batches to come; 0 reads when asked.
     Attributes:
         slices: (series, slice) of the side, see `ModelInput.slices`.
         epoch: set it before the first batch of an epoch is read.
@@ -55,8 +56,9 @@ class SliceBatches(keras.utils.PyDataset):
         outputs: int = 1,
         workers: int = 0,
     ):
-        # Keras reads ahead from 2 workers on; TensorFlow does so in one thread even without.
-        super().__init__(workers=workers, max_queue_size=max(2 * workers, 2))
+        # None of Keras's workers: what they have read ahead when an epoch ends, they hand out in the next one.
+        # (TensorFlow reads ahead by itself, in one thread and within the epoch.)
+        super().__init__(workers=0)
         self.model_input, self.batch_size, self.seed = model_input, batch_size, seed
         self.shuffle, self.augmentation = shuffle, augmentation
         self.neighbours, self.outputs = neighbours, outputs
@@ -69,13 +71,33 @@ class SliceBatches(keras.utils.PyDataset):
             )
         self._probabilities = balanced_probabilities(self._class_counts(), balanced) if balanced else None
         self._order: tuple[int, np.ndarray] = (-1, np.arange(len(self.slices)))
+        self._ahead = 2 * workers
+        self._threads = ThreadPoolExecutor(workers, "batches") if workers else None
+        self._prepared: dict[tuple[int, int], Future] = {}
 
     def __len__(self) -> int:
         return math.ceil(len(self.slices) / self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | tuple[np.ndarray, ...]]:
-        epoch, order = self._order_of_epoch()
-        places = self._places(index)
+        epoch = self.epoch
+        if self._threads is None:
+            return self._read(epoch, index)
+        last = min(index + self._ahead, len(self) - 1)
+        for wanted in range(index, last + 1):
+            if (epoch, wanted) not in self._prepared:
+                self._prepared[epoch, wanted] = self._threads.submit(self._read, epoch, wanted)
+        # Of another epoch, or read for the shapes alone: nobody will ask for them.
+        for key in [key for key in self._prepared if key[0] != epoch or not index <= key[1] <= last]:
+            self._prepared.pop(key).cancel()
+        return self._prepared.pop((epoch, index)).result()
+
+    def positions(self, index: int) -> np.ndarray:
+        """Where the slices of batch `index` of this epoch stand in `slices`."""
+        order = self._order_of(self.epoch)
+        return order[self._places(index) % len(order)]
+
+    def _read(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray | tuple[np.ndarray, ...]]:
+        order, places = self._order_of(epoch), self._places(index)
         channels = 2 * self.neighbours + 1
         images = np.empty((len(places), *self.model_input.size, channels), np.float32)
         labels = np.empty((len(places), *self.model_input.size), np.uint8)
@@ -84,28 +106,25 @@ class SliceBatches(keras.utils.PyDataset):
             images[k] = image.reshape(images.shape[1:])
         return images, labels if self.outputs == 1 else (labels,) * self.outputs
 
-    def positions(self, index: int) -> np.ndarray:
-        """Where the slices of batch `index` of this epoch stand in `slices`."""
-        _, order = self._order_of_epoch()
-        return order[self._places(index) % len(order)]
-
     def _places(self, index: int) -> np.ndarray:
         start = index * self.batch_size
         stop = start + self.batch_size
         return np.arange(start, stop if self.shuffle else min(stop, len(self.slices)))
 
-    def _order_of_epoch(self) -> tuple[int, np.ndarray]:
-        epoch, order = self._order
-        if self.shuffle and epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, self.epoch))
-            count = len(self.slices)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        count = len(self.slices)
+        if not self.shuffle:
+            return np.arange(count)
+        known, order = self._order
+        if known != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
             if self._probabilities is None:
                 order = rng.permutation(count)
             else:
                 order = rng.choice(count, size=count, p=self._probabilities)
             # One assignment, so that threads meet either epoch's pair, never half of each.
-            self._order = self.epoch, order
-        return self._order if self.shuffle else (self.epoch, order)
+            self._order = epoch, order
+        return order
 
     def _slice(self, position: int, place: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         series, index = self.slices[position]

@@ -59,6 +59,7 @@ class Checkpoint:
 
         Raises:
             ValueError: it is no checkpoint of this format, or damaged.
+            OSError: it cannot be read.
         """
         if not Path(path).is_file():
             return None
@@ -70,7 +71,7 @@ class Checkpoint:
                     group: [archive[name] for name in sorted(archive.files) if name.startswith(f"{group}_")]
                     for group in ("state", "best")
                 }
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a whole checkpoint ({error}); expected one of ours. {remedy}") from error
         version = progress.pop("format_version", None)
         if version != FORMAT_VERSION:

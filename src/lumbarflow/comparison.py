@@ -13,40 +13,25 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lumbarflow import models
-from lumbarflow.files import code_digest, read_json, value_digest
+from lumbarflow.files import read_json, value_digest
+from lumbarflow.inference import check_test_time_augmentation
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.metrics import MEAN_FOREGROUND
-from lumbarflow.model_input import ModelInput
+from lumbarflow.model_input import PREDICTION, ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.store import RECORD, SeriesStore, Work
 from lumbarflow.tracking import git_commit
 from lumbarflow.training_record import describe_training
-from lumbarflow.training_settings import SECTIONS
+from lumbarflow.training_settings import SECTIONS, effective, training_code
 
 NETWORK, HISTORY = "model.keras", "history.json"
 COUNTS = ("n_cases", "n_surface", "n_nsd", "n_missing_prediction")
-
-# What a trained net depends on beside its data, its settings and the module that builds it. Named, not imported: these
-# import Keras.
-_CODE = (
-    "training",
-    "training_settings",
-    "batches",
-    "losses",
-    "augmentation",
-    "backend",
-    "devices",
-    "model_input",
-    "models",
-    "models.levels",
-)
 
 
 def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,14 +41,13 @@ def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
         manifest: of the model input.
         settings: sections of `training.fit`, with `model.name`.
     Raises:
-        ValueError: no model of that name.
+        ValueError: no model of that name, or settings that make no sense.
     """
     name = settings["model"]["name"]
     # A slip in the last of several nets' settings should not wait for the others to be trained.
     check_names(settings["model"], ["name", *inspect.signature(models.find(name).build).parameters], "model")
-    modules = [f"lumbarflow.{module}" for module in _CODE] + [models.find(name).build.__module__]
-    code = code_digest(find_spec(module).origin for module in modules)
-    key = value_digest([code, version("keras"), manifest["content_hash"], settings])
+    code = training_code(models.find(name).build)["syntax"]
+    key = value_digest([code, version("keras"), manifest["content_hash"], effective(settings)])
     return {"entry": f"{name}-{key[:16]}", "key": key, "manifest": dict(manifest), "settings": dict(settings)}
 
 
@@ -94,8 +78,10 @@ def plan_rows(
         if own["model"]["name"] != settings["model"]["name"]:
             own["model"] = dict(changes["model"])
         plan[name] = plan_run(manifest, own)
-        if changes.get("evaluation"):
-            plan[name]["evaluation"] = dict(changes["evaluation"])
+        if use := changes.get("evaluation"):
+            check_names(use, PREDICTION, f"{section}.rows.{name}.evaluation")
+            check_test_time_augmentation(use.get("test_time_augmentation", {}))
+            plan[name]["evaluation"] = dict(use)
     return plan
 
 
@@ -115,25 +101,25 @@ def training_work(
     """
 
     def train(name: str, run: Mapping[str, Any]) -> dict[str, Any]:
-        from lumbarflow.training import fit, save_model
+        from lumbarflow.networks import save_model
+        from lumbarflow.training import fit
 
         model_input = model_input_of(run, prepared)
-        output = folder / run["entry"]
         follow = partial(on_epoch, name) if on_epoch else None
-        result = fit(model_input, run["settings"], output=output, on_epoch=follow)
-
-        def save(path: Path) -> None:
-            save_model(result.model, path)
-            # The store holds it now; what is left to write is small.
-            shutil.rmtree(output, ignore_errors=True)
-
+        result = fit(model_input, run["settings"], output=folder / run["entry"], on_epoch=follow)
         return {
+            NETWORK: partial(save_model, result.model),
             HISTORY: result.history,
             RECORD: describe_training(result, model_input.manifest, run["settings"]) | git_commit("."),
-            NETWORK: save,
         }
 
-    return {run["entry"]: Work(run["key"], partial(train, name, run)) for name, run in plan.items()}
+    work: dict[str, Work] = {}
+    for name, run in plan.items():
+        # Runs that differ in how their net is used share it, and it is trained under the first one's name.
+        if run["entry"] not in work:
+            cleared = partial(shutil.rmtree, folder / run["entry"], ignore_errors=True)
+            work[run["entry"]] = Work(run["key"], partial(train, name, run), cleared)
+    return work
 
 
 def model_input_of(run: Mapping[str, Any], prepared: SeriesStore) -> ModelInput:
@@ -285,7 +271,7 @@ def baselines_table(
 
 def load_network(trained: SeriesStore, run: Mapping[str, Any]) -> Any:
     """The trained net of a run."""
-    from lumbarflow.training import load_model
+    from lumbarflow.networks import load_model
 
     return load_model(trained.path(run["entry"], NETWORK))
 

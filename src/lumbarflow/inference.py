@@ -76,8 +76,9 @@ class Segmenter:
         """Class probabilities on the slices' own grid.
 
         Args:
-            slices: (n, rows, columns), all sagittal slices of one series (normalisation is over the series), superior
-                up and anterior left, raw intensities of any real dtype.
+            slices: (n, rows, columns), all sagittal slices of one series (normalisation is over the series), from the
+                patient's left to right (nets that take neighbouring slices depend on it), superior up and anterior
+                left, raw intensities of any real dtype.
             pixel_spacing_mm: (row, column) pixel size.
         Returns:
             float32 (n, rows, columns, classes).
@@ -199,8 +200,8 @@ def _neighbouring(source: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, 
         yield np.clip(sample, 0, count - 1), np.where(inside, weight, 0).astype(np.float32)
 
 
-def _moves(size: tuple[int, int], settings: Mapping[str, float]) -> list[tuple[_Move, _Move]]:
-    """Every change of test-time augmentation, and the one that takes it back."""
+def check_test_time_augmentation(settings: Mapping[str, float]) -> dict[str, float]:
+    """The settings with what they leave out. Raises ValueError for one that is unknown or out of range."""
     check_names(settings, OFF, "evaluation.test_time_augmentation")
     settings = {**OFF, **settings}
     for name, below in (("shift", 1), ("rotation_degrees", 180)):
@@ -209,8 +210,15 @@ def _moves(size: tuple[int, int], settings: Mapping[str, float]) -> list[tuple[_
                 f"evaluation.test_time_augmentation.{name} is {settings[name]}; expected 0 or more, below {below}; "
                 "0 is off."
             )
-    shift, degrees = settings["shift"], settings["rotation_degrees"]
-    widths = {"shift_rows": shift * size[0], "shift_columns": shift * size[1], "rotation_degrees": degrees}
+    return settings
+
+
+def _moves(size: tuple[int, int], settings: Mapping[str, float]) -> list[tuple[_Move, _Move]]:
+    """Every change of test-time augmentation, and the one that takes it back."""
+    settings = check_test_time_augmentation(settings)
+    # Whole pixels, which shift without any interpolation; a rotation is interpolated both ways, and blurs a little.
+    rows, columns = (round(settings["shift"] * length) for length in size)
+    widths = {"shift_rows": rows, "shift_columns": columns, "rotation_degrees": settings["rotation_degrees"]}
     moves = []
     for name, width in widths.items():
         if width > 0:

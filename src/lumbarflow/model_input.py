@@ -94,6 +94,14 @@ class ModelInput:
         preparation = self.manifest["settings"]["preprocess"]
         return {name: preparation[name] for name in PREPARATION} | {name: evaluation[name] for name in PREDICTION}
 
+    def check_not_leaky(self, purpose: str) -> None:
+        """Raise ValueError if slices of one patient stand on several sides, the test's among them."""
+        if self.manifest.get("leaky"):
+            raise ValueError(
+                f"{self.root}: its split has slices of one patient on several sides; expected none for {purpose}, or "
+                "test patients would choose. Preprocess with split.method patient or official."
+            )
+
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""
         chosen = self.manifest["sides"][side]

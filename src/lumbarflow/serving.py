@@ -41,7 +41,7 @@ class LumbarSegmenter(PythonModel):
     """Sagittal slices of one series in, classes on the same grid out."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from lumbarflow.training import load_model
+        from lumbarflow.networks import load_model
 
         # A model registered before a setting came to be lacks it, and is served as it was evaluated: `EARLIER`.
         record = read_json(context.artifacts[SEGMENTER])
@@ -54,7 +54,8 @@ class LumbarSegmenter(PythonModel):
 
         Args:
             model_input: (n, rows, columns), all sagittal slices of one series (normalisation is over the series),
-                superior up and anterior left, raw intensities of any real dtype; nested lists as well.
+                from the patient's left to right (nets that take neighbouring slices depend on it), superior up and
+                anterior left, raw intensities of any real dtype; nested lists as well.
             params: `pixel_spacing_mm`, [row, column] pixel size, required; `output`, one of OUTPUTS.
         Returns:
             uint8 (n, rows, columns) classes, or float32 (n, rows, columns, classes) probabilities.

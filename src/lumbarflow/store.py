@@ -33,10 +33,12 @@ class Work:
         key: digest of everything the result depends on (contents of the inputs, parameters).
         make: returns file name -> Volume, LabelMap, NumPy array, JSON-able value or, for other formats, a function that
             writes the file it is given the path of; `record.json` must be among them.
+        done: called when a result that may be used again is in its place, e.g. to clear what `make` worked with.
     """
 
     key: str
     make: Callable[[], Mapping[str, Any]]
+    done: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -138,6 +140,8 @@ class SeriesStore:
             final = self.root / series
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            if work.done is not None and self._key(series) == work.key:
+                work.done()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -6,10 +6,13 @@ Nothing happens without an active run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # What of a model input's manifest tells runs apart.
 MANIFEST_TAGS = ("data_kind", "data_hash", "split_method", "split_hash", "content_hash", "leaky")
@@ -47,18 +50,34 @@ def log_epoch(row: Mapping[str, Any], prefix: str = "") -> None:
 
 
 @contextlib.contextmanager
-def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[None]:
-    """A run of its own below the active one, with these parameters: what is logged and tagged meanwhile goes to it."""
+def child_run(name: str, parameters: Mapping[str, Any]) -> Iterator[str | None]:
+    """A run of its own below the active one, with these parameters: what is logged and tagged meanwhile goes to it.
+
+    It gives the run's id, None without an active run. An exception that leaves it marks the run as failed.
+    """
     import mlflow
 
     parent = mlflow.active_run()
     if parent is None:
-        yield
+        yield None
         return
     # Named: a nested run goes to the default experiment, whichever one its parent is in.
-    with mlflow.start_run(run_name=name, nested=True, experiment_id=parent.info.experiment_id):
+    with mlflow.start_run(run_name=name, nested=True, experiment_id=parent.info.experiment_id) as run:
         mlflow.log_params(dict(parameters))
-        yield
+        yield run.info.run_id
+
+
+def kill_run(run_id: str) -> None:
+    """Mark a run as killed whose process was, and so could not; it has ended then or, if it was still open, now."""
+    import mlflow
+
+    if mlflow.active_run():
+        client = mlflow.MlflowClient()
+        try:
+            client.set_terminated(run_id, "KILLED", client.get_run(run_id).info.end_time)
+        except mlflow.MlflowException as error:
+            # Somebody removed it, or MLflow's store is another one now.
+            logger.warning("run %s cannot be marked as killed: %s", run_id, error)
 
 
 def git_commit(folder: str) -> dict[str, str]:

@@ -20,36 +20,37 @@ import dataclasses
 import inspect
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import lumbarflow
 from lumbarflow import models
 from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.backend import describe_hardware, load_keras, set_seed
 from lumbarflow.batches import SliceBatches
-from lumbarflow.checkpoint import Checkpoint
 from lumbarflow.devices import Devices
-from lumbarflow.files import write_atomically, write_json
+from lumbarflow.epochs import BEST_MODEL, CHECKPOINT, Epochs, find_checkpoint
+from lumbarflow.files import read_json, write_atomically, write_json
 from lumbarflow.losses import FocalDiceLoss, MeanIoU
 from lumbarflow.model_input import ModelInput
+from lumbarflow.networks import save_model, uncompiled
 from lumbarflow.parameters import check_names
-from lumbarflow.progress import track
 from lumbarflow.training_record import describe_training
-from lumbarflow.training_settings import SECTIONS, TrainingSettings, check_sections, section, training_key
+from lumbarflow.training_settings import (
+    SECTIONS,
+    TrainingSettings,
+    check_sections,
+    section,
+    training_code,
+    training_key,
+)
 
 keras = load_keras()
-models.register_layers()
 logger = logging.getLogger("lumbarflow.training")
 
 DEFAULT_MODEL = "modified_unet"
-BEST_MODEL, CHECKPOINT = "best.keras", "checkpoint.npz"
 RECORD, HISTORY = "training_record.json", "training_history.csv"
 # Without a GPU, one thread that reads ahead keeps up with the net; a GPU needs more of them.
 GPU_WORKERS = 8
@@ -113,12 +114,16 @@ def fit(
     loss = section(FocalDiceLoss, settings, "loss", reserved=("name", "kwargs"))
     entry, values = _model_settings(settings)
     output = Path(output) if output is not None else None
+    key, code = training_key(model_input.manifest, settings), training_code(entry.build)
+    found = find_checkpoint(output, key, code) if output is not None and training.resume else None
 
     set_seed(training.seed)
-    hardware = describe_hardware(training.precision)
+    # What was begun in one precision goes on in it, whatever "auto" would be on this machine.
+    precision = found.progress["hardware"]["precision"] if found is not None else training.precision
+    hardware = describe_hardware(precision)
     devices = Devices(training.devices, training.batch_size)
     workers = training.workers if training.workers is not None else GPU_WORKERS if hardware["gpus"] else 0
-    neighbours = training.neighbours
+    neighbours = training.neighbours if entry.adapt is None else 0
     validation = SliceBatches(model_input, "validation", training.batch_size, neighbours=neighbours, workers=workers)
     classes = len(model_input.manifest["classes"])
     with devices.building():
@@ -152,7 +157,7 @@ def fit(
     )
     # Validated, saved and returned: a net of its own on one device, so that it carries no optimiser and no further
     # outputs, and can hold averaged weights while the other trains on.
-    served = _uncompiled(models.serving_model(model))
+    served = uncompiled(models.serving_model(model))
     jit_compile = _jit_compile(training.jit_compile, hardware)
     served.compile(loss=loss, metrics=[MeanIoU(classes)], jit_compile=jit_compile)
     if entry.adapt is not None:
@@ -160,12 +165,13 @@ def fit(
         record = _adapt(served, entry.adapt, unaugmented, validation, output)
         if on_epoch is not None:
             on_epoch(record)
-        return TrainingResult(_uncompiled(served), [record], 1, "adapted", hardware, time.monotonic() - started)
+        return TrainingResult(uncompiled(served), [record], 1, "adapted", hardware, time.monotonic() - started)
 
-    epochs = _Epochs(
-        training, train, validation, served, devices, output, on_epoch, training_key(model_input.manifest, settings)
-    )
-    if not epochs.restore_finished():
+    facts = {"key": key, "code": code, "hardware": hardware}
+    epochs = Epochs(training, train, validation, served, devices, output, on_epoch, facts, found, started)
+    if epochs.finished:
+        hardware = found.progress["hardware"]
+    else:
         with devices.building():
             # Each coarser output counts half of the next finer one, all together as much as one output alone.
             weights = [0.5**k for k in range(outputs)]
@@ -188,35 +194,9 @@ def fit(
                 shuffle=False,
             )
     served.set_weights(epochs.best_weights)
-    startup = (epochs.first_step_ended or time.monotonic()) - started
-    return TrainingResult(_uncompiled(served), epochs.history, epochs.best_epoch, epochs.stopped_by, hardware, startup)
-
-
-def save_model(model: keras.Model, path: str | Path) -> None:
-    """Write a net as a `.keras` file, without optimiser or loss, under a temporary name first.
-
-    Raises ValueError if the path does not end in `.keras`.
-    """
-    if Path(path).suffix != ".keras":
-        raise ValueError(f"{path}: expected a name ending in .keras, the format that loads without running code.")
-    write_atomically(path, _uncompiled(model).save if model.compiled else model.save)
-
-
-def load_model(path: str | Path, precision: str | None = None) -> keras.Model:
-    """Read a `.keras` file in Keras's safe mode, which runs no code from the file; uncompiled.
-
-    Args:
-        precision: None keeps the precision that the net was trained in; "float32" computes in that throughout, for
-            processors that only emulate bfloat16; probabilities then differ by bfloat16's rounding.
-    Raises:
-        ValueError: there is no such file, it is no `.keras` file, or the precision is another one.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; expected a .keras file that save_model wrote.")
-    if precision not in (None, "float32"):
-        raise ValueError(f"precision is {precision!r}; expected None (as trained) or 'float32'.")
-    model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    return _uncompiled(model, dtype=precision) if precision else model
+    return TrainingResult(
+        uncompiled(served), epochs.history, epochs.best_epoch, epochs.stopped_by, hardware, epochs.startup_seconds
+    )
 
 
 def _adapt(
@@ -246,242 +226,33 @@ def _adapt(
     return record
 
 
-class _Epochs(keras.callbacks.Callback):
-    """What happens between epochs: validation, history, the best weights, checkpoints and the reasons to stop.
-
-    Args:
-        settings, train, validation, devices, output, on_epoch: as in `fit`.
-        served: the compiled net that is validated and saved.
-        key: of this training, see `training_key`.
-    """
-
-    def __init__(
-        self,
-        settings: TrainingSettings,
-        train: SliceBatches,
-        validation: SliceBatches,
-        served: keras.Model,
-        devices: Devices,
-        output: Path | None,
-        on_epoch: Callable | None,
-        key: str,
-    ):
-        super().__init__()
-        self.settings, self.train, self.validation, self.served = settings, train, validation, served
-        self.devices, self.output, self.on_epoch, self.key = devices, output, on_epoch, key
-        self.history: list[dict[str, float]] = []
-        self.best_epoch = 0
-        self.best_weights: Sequence[np.ndarray] = []
-        self.stopped_by = "epochs"
-        self.first_step_ended: float | None = None
-        self._checkpoint = self._read_checkpoint() if output is not None and settings.resume else None
-
-    def restore_finished(self) -> bool:
-        """Whether the output folder holds this training, finished; what it remembers is then here again."""
-        found = self._checkpoint
-        if found is None:
-            return False
-        self.history, self.best_epoch = list(found.progress["history"]), int(found.progress["best_epoch"])
-        self.best_weights = found.best
-        finished = found.progress["finished"]
-        logger.info(
-            "%s: %s epoch %d of %d; set training.resume to false to train anew",
-            self.output / CHECKPOINT,
-            "this training is finished since" if finished else "going on after",
-            len(self.history),
-            self.settings.epochs,
-        )
-        if found.progress["code"] != lumbarflow.__version__:
-            logger.warning(
-                "version %s of lumbarflow began this training, and %s goes on with it",
-                found.progress["code"],
-                lumbarflow.__version__,
-            )
-        # Whoever follows the epochs, such as a new MLflow run, gets the whole curve.
-        if self.on_epoch is not None:
-            for record in self.history:
-                self.on_epoch(record)
-        if finished:
-            self.stopped_by = finished
-        return bool(finished)
-
-    def start(self, model: keras.Model) -> None:
-        """Bring the net and its optimiser to where the checkpoint left them, if there is one."""
-        self._variables = [*model.trainable_variables, *model.non_trainable_variables, *model.optimizer.variables]
-        if self._checkpoint is None:
-            return
-        state = self._checkpoint.state
-        if [value.shape for value in state] != [tuple(variable.shape) for variable in self._variables]:
-            raise ValueError(
-                f"{self.output / CHECKPOINT}: its variables are not those of this net; expected the same. Another "
-                "version of lumbarflow or Keras wrote it. Remove it, or set training.resume to false, to train anew."
-            )
-        for variable, value in zip(self._variables, state, strict=True):
-            variable.assign(value)
-        self._checkpoint = None
-
-    def on_train_begin(self, logs=None):
-        self.started = time.monotonic()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        # Keras starts reading the epoch's batches after this.
-        self.train.epoch = epoch
-        self.epoch_started = time.monotonic()
-        self.progress = iter(track(range(len(self.train)), f"epoch {epoch + 1} of {self.settings.epochs}", "batches"))
-        self._unchecked: tuple[int, Any] | None = None
-
-    def on_train_batch_begin(self, batch, logs=None):
-        next(self.progress)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.train_ended = time.monotonic()
-        if batch == 0:
-            self.first_batch_ended = self.train_ended
-            self.first_step_ended = self.first_step_ended or self.train_ended
-        # One step late: reading a loss waits for its step, and a GPU would stand idle until the next one is sent to it.
-        self._check_last_batch()
-        self._unchecked = batch, logs["loss"]
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._check_last_batch()
-        self.train_ended = time.monotonic()
-        next(self.progress, None)
-        weights = self._served_weights()
-        with self.devices.apart():
-            self.served.set_weights(weights)
-            scores = self.served.evaluate(self.validation, return_dict=True, verbose=0)
-        self._check_finite("validation loss", scores["loss"])
-        now = time.monotonic()
-        rest = (len(self.train) - 1) * self.train.batch_size
-        steady = rest > 0
-        record = {
-            "epoch": epoch + 1,
-            "loss": float(logs["loss"]),
-            "val_loss": float(scores["loss"]),
-            "val_mean_iou": float(scores["mean_iou"]),
-            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
-            "seconds": now - self.epoch_started,
-            "slices_per_second": (rest if steady else self.train.batch_size)
-            / max(self.train_ended - (self.first_batch_ended if steady else self.epoch_started), 1e-9),
-        }
-        better = not self.history or record["val_mean_iou"] > self.history[self.best_epoch - 1]["val_mean_iou"]
-        self.history.append(record)
-        if better:
-            self.best_epoch, self.best_weights = epoch + 1, weights
-        due, reason = self._due(now)
-        if self.output is not None:
-            # The net first: one that is newer than the checkpoint is written again when the epoch is repeated.
-            self._write(better, finished=due if due in ("epochs", "patience") else None)
-        logger.info(
-            "epoch %d of %d: loss %.4f, validation loss %.4f, validation mean IoU %.4f%s; %.1f slices/s, %.1f s",
-            *(record["epoch"], self.settings.epochs, record["loss"], record["val_loss"], record["val_mean_iou"]),
-            " (best)" if better else "",
-            *(record["slices_per_second"], record["seconds"]),
-        )
-        if self.on_epoch is not None:
-            self.on_epoch(record)
-        if due is not None:
-            self.stopped_by = due
-            self.model.stop_training = True
-            if reason:
-                logger.info("stopped after epoch %d: %s (training.%s)", epoch + 1, reason, due)
-
-    def _served_weights(self) -> list[np.ndarray]:
-        """The weights to validate, in the order of the served net's."""
-        values = {variable.path: variable for variable in self.model.weights}
-        if self.settings.ema_momentum:
-            # Keras has a callback that swaps them in place, but not while JAX's state is away from the net.
-            averages = self.model.optimizer._model_variables_moving_average
-            pairs = zip(self.model.trainable_variables, averages, strict=True)
-            values |= {variable.path: average for variable, average in pairs}
-        # Copied: TensorFlow's arrays may be views of what the next step changes.
-        return [np.array(keras.ops.convert_to_numpy(values[weight.path])) for weight in self.served.weights]
-
-    def _due(self, now: float) -> tuple[str | None, str]:
-        """What ends the training after the last epoch of the history, if anything does, and why."""
-        last = self.history[-1]
-        minutes = (now - self.started + last["seconds"]) / 60
-        if last["epoch"] == self.settings.epochs:
-            return "epochs", ""
-        if last["epoch"] - self.best_epoch >= self.settings.patience:
-            return "patience", f"no better validation mean IoU for {self.settings.patience} epochs"
-        if self.settings.max_minutes is not None and minutes > self.settings.max_minutes:
-            reason = f"one more would end {minutes:.1f} minutes after the start, of {self.settings.max_minutes} allowed"
-            return "max_minutes", reason
-        return None, ""
-
-    def _read_checkpoint(self) -> Checkpoint | None:
-        path = self.output / CHECKPOINT
-        found = Checkpoint.read(path)
-        if found is not None and found.progress["key"] != self.key:
-            raise ValueError(
-                f"{path}: the checkpoint of another training ({found.progress['key'][:8]}: other slices or settings); "
-                f"expected this one's ({self.key[:8]}). Choose another folder, remove the file, or set "
-                "training.resume to false to overwrite it."
-            )
-        return found
-
-    def _write(self, better: bool, finished: str | None) -> None:
-        path = self.output / CHECKPOINT
-        progress = {
-            "key": self.key,
-            "code": lumbarflow.__version__,
-            "history": self.history,
-            "best_epoch": self.best_epoch,
-            "finished": finished,
-        }
-        # A finished training needs no more than what it returns.
-        state = [] if finished else [keras.ops.convert_to_numpy(variable) for variable in self._variables]
-        try:
-            if better:
-                save_model(self.served, self.output / BEST_MODEL)
-            Checkpoint(progress, state, self.best_weights).write(path)
-        except OSError as error:
-            last = len(self.history) - 1
-            kept = f"the checkpoint of epoch {last} is whole" if path.is_file() else "there is no earlier one"
-            mebibytes = (sum(value.nbytes for value in (*state, *self.best_weights)) >> 20) + 1
-            raise OSError(
-                error.errno,
-                f"the checkpoint of epoch {last + 1} cannot be written ({error.strerror or error}); expected room for "
-                f"{mebibytes} MiB. {kept[0].upper()}{kept[1:]}: make room and give the same command again, which "
-                f"{'goes on from there' if path.is_file() else 'starts anew'}",
-                str(path),
-            ) from error
-
-    def _check_last_batch(self) -> None:
-        if self._unchecked is not None:
-            batch, loss = self._unchecked
-            self._unchecked = None
-            self._check_finite("loss", loss, batch)
-
-    def _check_finite(self, what: str, value: float, batch: int | None = None) -> None:
-        if math.isfinite(value):
-            return
-        where = f"epoch {len(self.history) + 1}"
-        if batch is not None:
-            slices = ", ".join(f"{s} slice {i}" for s, i in (self.train.slices[p] for p in self.train.positions(batch)))
-            where += f", batch {batch + 1} of {len(self.train)} ({slices})"
-        raise FloatingPointError(
-            f"{where}: the {what} is {float(value)}; expected a finite number. Lower training.learning_rate, set "
-            "training.precision to float32, or look for damaged intensities in the slices seen last."
-        )
-
-
 @contextlib.contextmanager
 def _named_memory_errors(batch_size: int, size: Sequence[int]) -> Iterator[None]:
     """Say what to lower when a device has too little memory; every backend has an error of its own for it."""
     try:
         yield
     except Exception as error:
-        text = str(error)
-        exhausted = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
-        if not exhausted and "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        exhausted = next(filter(_is_of_memory, _chain(error)), None)
+        if exhausted is None:
             raise
+        first = (str(exhausted).splitlines() or ["no further word"])[0]
         raise MemoryError(
-            f"too little memory for batches of {batch_size} slices of {size[0]} x {size[1]} "
-            f"({text.splitlines()[0][:200] if text else 'no further word'}). Lower training.batch_size, or "
-            "preprocess.size, or the widths of the net."
+            f"too little memory for batches of {batch_size} slices of {size[0]} x {size[1]} ({first[:200]}). Lower "
+            "training.batch_size, or preprocess.size, or the widths of the net."
         ) from error
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+    return named or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those while which it arose: Keras, tidying up after one on JAX, may end with another."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _model_settings(settings: Mapping) -> tuple[models.Entry, dict[str, Any]]:
@@ -522,20 +293,6 @@ def _jit_compile(wanted: bool | None, hardware: Mapping[str, Any]) -> bool | str
     return "auto"
 
 
-def _uncompiled(model: keras.Model, dtype: str | None = None) -> keras.Model:
-    """A copy on one device with the same weights, uncompiled; with `dtype`, all layers compute in that."""
-    config = model.get_config()
-    for layer in config["layers"]:
-        if dtype:
-            layer["config"]["dtype"] = dtype
-        if "synchronized" in layer["config"]:
-            # Of several devices' batch normalisation; where it is not TensorFlow's, it cannot even be read.
-            layer["config"]["synchronized"] = False
-    twin = type(model).from_config(config)
-    twin.set_weights(model.get_weights())
-    return twin
-
-
 def read_settings(paths: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
     """Sections of settings from YAML or JSON files, such as `conf/base/parameters_fit.yml`; later files win.
 
@@ -564,8 +321,30 @@ def read_settings(paths: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
         if not isinstance(read, dict) or not all(isinstance(values, dict) for values in read.values()):
             raise ValueError(f"{path}: expected sections with settings, some of {list(SECTIONS)}.")
         for name, values in read.items():
-            merged[name] = merged.get(name, {}) | values
+            merged[name] = merged.get(name, {}) | {key: _number(value) for key, value in values.items()}
     return merged
+
+
+def _number(value: Any) -> Any:
+    """PyYAML takes 1e-3 for a text, which Kedro does not."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def keep_record(record: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """What is written down beside a net, once: a training that is only taken up again keeps what it said of itself.
+
+    Args:
+        record: of `describe_training`, perhaps with more.
+        output: the training's folder.
+    """
+    path = output / RECORD
+    if path.is_file() and (former := read_json(path)).get("weights") == record["weights"]:
+        return former
+    write_json(path, record)
+    return dict(record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -592,8 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_settings(given.settings)
         model_input = ModelInput.open(given.model_input)
         result = fit(model_input, settings, output=output)
-        save_model(result.model, output / BEST_MODEL)
-        write_json(output / RECORD, describe_training(result, model_input.manifest, settings))
+        keep_record(describe_training(result, model_input.manifest, settings), output)
         write_atomically(output / HISTORY, lambda path: _write_csv(path, result.history))
     except (ValueError, FloatingPointError, MemoryError, OSError) as error:
         logger.error("%s: %s", type(error).__name__, error)

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lumbarflow.augmentation import AugmentationSettings
-from lumbarflow.files import value_digest
+from lumbarflow.files import code_digest, file_digest, value_digest
 from lumbarflow.parameters import check_names
 
 SECTIONS = ("model", "loss", "training", "augmentation")
 SCHEDULES = ("constant", "cosine")
 
 # Settings of the section `training` that say how a training is run, not what it makes of its data.
-_WITHOUT_EFFECT = ("max_minutes", "devices", "workers", "resume")
+WITHOUT_EFFECT = ("devices", "workers", "resume")
+WHOLE_NUMBERS = ("seed", "epochs", "batch_size", "neighbours", "patience", "workers")
+
+# What a trained net depends on beside its data, its settings and the module that builds it. Named, not imported: some
+# of these import Keras.
+_CODE = (
+    "training",
+    "epochs",
+    "training_settings",
+    "batches",
+    "losses",
+    "augmentation",
+    "backend",
+    "devices",
+    "model_input",
+    "models",
+    "models.levels",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +55,8 @@ class TrainingSettings:
             moving ones already, and taken as they are in both cases.
         balanced_sampling: 0 shows every slice once an epoch. Above 0 slices are drawn with replacement, as many as
             there are, this share of the probability spread so that each foreground class is shown equally often.
-        neighbours: so many slices of the same series on either side are further channels of the input (2.5-D).
-        neighbouring slices lie as far away as the series has them, whatever that is in millimetres.
+        neighbours: so many slices of the same series on either side are further channels of the input (2.5-D). They
+            are the next ones that the series has, however far away that is in millimetres.
         patience: stop after so many epochs without a better validation mean IoU.
         max_minutes: stop after the epoch whose successor would end later than this; None sets no limit. Which epoch
             that is depends on the machine's speed: leave it None where runs must be equal.
@@ -71,6 +90,10 @@ class TrainingSettings:
     resume: bool = True
 
     def __post_init__(self):
+        for name in WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"training.{name} is {value!r}; expected a whole number.")
         for name in ("epochs", "batch_size", "learning_rate", "patience", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -122,19 +145,45 @@ def section(function: Callable, settings: Mapping, name: str, reserved: tuple[st
     return function(**values)
 
 
+def effective(settings: Mapping[str, Any], without: Sequence[str] = WITHOUT_EFFECT) -> dict[str, Any]:
+    """The settings that a trained net depends on: with the defaults of `training` and `augmentation`, `without` some.
+
+    Raises ValueError for settings of these two sections that make no sense.
+    """
+    training = dataclasses.asdict(section(TrainingSettings, settings, "training"))
+    return {
+        "model": dict(settings.get("model") or {}),
+        "loss": dict(settings.get("loss") or {}),
+        "training": {name: value for name, value in training.items() if name not in without},
+        "augmentation": dataclasses.asdict(section(AugmentationSettings, settings, "augmentation")),
+    }
+
+
 def training_key(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Hex digest of what a training is to make of its data: one that was interrupted goes on under the same key.
 
-    Neither the code nor the versions of libraries are part of it: a training may begin on one machine and go on, or be
-    evaluated, on another.
+    Neither the code nor the versions of libraries are part of it (see `training_code`): a training may begin on one
+    machine and go on, or be evaluated, on another. Nor is max_minutes: what it cut short goes on when it is raised.
 
     Args:
         manifest: of the model input.
-        settings: SECTIONS, those of `training` and `augmentation` complete or not.
+        settings: SECTIONS, complete or not.
     """
-    training = dataclasses.asdict(section(TrainingSettings, settings, "training"))
-    for name in _WITHOUT_EFFECT:
-        del training[name]
-    augmentation = dataclasses.asdict(section(AugmentationSettings, settings, "augmentation"))
-    asked = {name: dict(settings.get(name) or {}) for name in ("model", "loss")}
-    return value_digest([manifest, asked, training, augmentation])
+    return value_digest([manifest, effective(settings, (*WITHOUT_EFFECT, "max_minutes"))])
+
+
+def training_code(build: Callable) -> dict[str, str]:
+    """Digests of the code that trains a net, by its syntax and by its bytes.
+
+    The first does not change with comments, but differs between minor versions of Python; the second is the same on
+    every machine. Code is the same if either of them is.
+
+    Args:
+        build: the function that builds the net, of `models.Entry`.
+    """
+    paths = [find_spec(f"lumbarflow.{module}").origin for module in _CODE]
+    own = inspect.getsourcefile(build)
+    # A net that somebody registers from a notebook has no file.
+    if own is not None and Path(own).is_file():
+        paths.append(own)
+    return {"syntax": code_digest(paths), "bytes": file_digest(paths)}

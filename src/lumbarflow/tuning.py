@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import itertools
 import json
 import logging
 import shutil
@@ -32,7 +31,7 @@ from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.files import value_digest
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
-from lumbarflow.training_settings import SECTIONS, TrainingSettings, section
+from lumbarflow.training_settings import SECTIONS, WITHOUT_EFFECT, TrainingSettings
 
 if TYPE_CHECKING:
     import optuna
@@ -42,13 +41,14 @@ logger = logging.getLogger(__name__)
 OBJECTIVE = "val_mean_iou"
 STUDIES, LOCK = "tune.db", "tune.lock"
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
-RANGE, CHOICES = ("low", "high", "log", "step"), ("choices",)
-PRUNER = ("startup_trials", "warmup_epochs")
-NOT_SEARCHED = tuple(f"training.{name}" for name in ("seed", "max_minutes", "devices", "workers", "resume"))
+PRUNER = {"startup_trials": 5, "warmup_epochs": 5}
+NOT_SEARCHED = tuple(f"training.{name}" for name in ("seed", "max_minutes", *WITHOUT_EFFECT))
 
-# A trial's attributes in the study: its epochs so far, and how it ended. One that failed without the latter was cut
-# short, and is tried again.
-_HISTORY, _OUTCOME = "history", "outcome"
+# So many trials failing before any is complete have a common cause, which is no setting.
+FAILURES = 3
+
+# A trial's attributes in the study. One that Optuna has as failed but that has no message was interrupted.
+_MESSAGE, _MINUTES, _RUN = "message", "minutes", "run"
 
 Parameters = dict[str, Any]
 Report = Callable[[dict[str, float]], None]
@@ -60,8 +60,9 @@ class TuneSettings:
 
     Attributes:
         space: "section.setting" of `training.fit` -> what to try: `low` and `high` (both included; whole numbers if
-            both are), with `log` (bool) or `step`; or `choices`. None leaves a setting out.
-        trials: how many in total, over all invocations; pruned and failed ones count.
+            all are), with `log` (bool) or `step`; or `choices`. None leaves a setting out.
+        trials: how many in total, over all invocations; pruned and failed ones count, but not failures that ended a
+            search (FAILURES of them before any trial is complete).
         seed: of the suggestions.
         max_minutes: no trial starts later than this after the invocation's start; None sets no limit.
         pruner: None, or `startup_trials`: none is pruned before so many are complete, and `warmup_epochs`: nor in its
@@ -75,9 +76,7 @@ class TuneSettings:
     trials: int = 20
     seed: int = 0
     max_minutes: float | None = None
-    pruner: Mapping[str, int] | None = dataclasses.field(
-        default_factory=lambda: {"startup_trials": 5, "warmup_epochs": 5}
-    )
+    pruner: Mapping[str, int] | None = dataclasses.field(default_factory=PRUNER.copy)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> TuneSettings:
@@ -86,7 +85,7 @@ class TuneSettings:
         return cls(**({"space": {}} | dict(settings)))
 
     def __post_init__(self):
-        chosen = {name: dict(values) for name, values in (self.space or {}).items() if values is not None}
+        chosen = {name: values for name, values in (self.space or {}).items() if values is not None}
         object.__setattr__(self, "space", chosen)
         if not chosen:
             raise ValueError(
@@ -99,10 +98,12 @@ class TuneSettings:
                 raise ValueError(f"tune.{name} is {value}; expected more than 0.")
         if self.seed < 0:
             raise ValueError(f"tune.seed is {self.seed}; expected 0 or more.")
-        for name, value in (self.pruner or {}).items():
+        if self.pruner is not None:
             check_names(self.pruner, PRUNER, "tune.pruner")
-            if value < 0:
-                raise ValueError(f"tune.pruner.{name} is {value}; expected 0 or more.")
+            object.__setattr__(self, "pruner", PRUNER | dict(self.pruner))
+            for name, value in self.pruner.items():
+                if value < 0:
+                    raise ValueError(f"tune.pruner.{name} is {value}; expected 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +136,19 @@ class Watch:
     """What is told of a search while it goes on.
 
     Attributes:
-        run: (name, parameters) -> context that a trial is trained in.
+        run: (name, parameters) -> context that a trial is trained in, which an exception leaves if the trial failed or
+            was interrupted. It gives a name for the trial's run, or None.
         epoch: called in it with every entry of the history; of a trial that goes on, with the former ones again.
         end: called in it with the ended trial.
+        left: called with the name of a run whose trial was interrupted, before that is tried again in a run of its own.
     """
 
-    run: Callable[[str, Parameters], contextlib.AbstractContextManager] = lambda name, parameters: (
+    run: Callable[[str, Parameters], contextlib.AbstractContextManager[str | None]] = lambda name, parameters: (
         contextlib.nullcontext()
     )
     epoch: Callable[[dict[str, float]], None] = lambda row: None
     end: Callable[[Trial], None] = lambda trial: None
+    left: Callable[[str], None] = lambda run: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,34 +176,33 @@ def tune(
         folder: where the studies lie (STUDIES), and the checkpoints of the trial in hand.
         watch: what is told of it.
     Raises:
-        ValueError: a setting that `training.fit` does not have or would refuse, a range that is none, test patients on
-            the validation side, another search at work in the folder, or no trial that completed.
+        ValueError: a setting that `training.fit` does not have, base settings that it would refuse, an entry of the
+            space that is none, slices of test patients on the validation side, another search at work in the folder,
+            a folder that cannot be written, or no trial that completed.
     """
     from lumbarflow.backend import load_keras
     from lumbarflow.training import fit
 
-    _check_split(model_input)
-    _check_space(base, settings.space)
+    model_input.check_not_leaky("a search")
+    _check_names(base["model"]["name"], settings.space)
     folder = Path(folder)
     study = study_name(model_input.manifest, base, settings)
     # Test patients cannot choose settings if nobody can read which they are.
     withheld = {**model_input.manifest, "sides": {**model_input.manifest["sides"], "test": {}}}
     searched = ModelInput(model_input.root, withheld)
 
-    def checkpoints(parameters: Parameters) -> Path:
-        return folder / study / comparison.plan_run(model_input.manifest, nested(parameters, base))["key"][:16]
-
     def objective(parameters: Parameters, report: Report):
+        checkpoints = folder / study / value_digest(parameters)[:16]
+        for other in (folder / study).glob("*"):  # of trials that have ended
+            if other != checkpoints:
+                shutil.rmtree(other, ignore_errors=True)
         # Keras numbers the layers of all nets of a process: a trial's net should not depend on those before it.
         load_keras().utils.clear_session()
-        return fit(searched, nested(parameters, base), output=checkpoints(parameters), on_epoch=report)
+        return fit(searched, nested(parameters, base), output=checkpoints, on_epoch=report)
 
-    def discard(parameters: Parameters) -> None:
-        shutil.rmtree(checkpoints(parameters), ignore_errors=True)
-
-    trials = search(settings, folder, study, objective, discard, watch)
-    shutil.rmtree(folder / study, ignore_errors=True)  # what an interruption between two steps may have left
-    return Tuning(study, trials, best_of(trials, folder / STUDIES))
+    trials = search(settings, folder, study, objective, watch)
+    shutil.rmtree(folder / study, ignore_errors=True)
+    return Tuning(study, trials, best_of(trials))
 
 
 def search(
@@ -207,7 +210,6 @@ def search(
     folder: Path,
     name: str,
     objective: Callable[[Parameters, Report], Any],
-    discard: Callable[[Parameters], None] = lambda parameters: None,
     watch: Watch | None = None,
 ) -> list[Trial]:
     """Run a study until it has `settings.trials` trials or the time is over.
@@ -215,27 +217,28 @@ def search(
     Args:
         folder: where STUDIES lies; it need not exist yet.
         name: the study's.
-        objective: (parameters, report) -> a `training.TrainingResult`, of which `history` and `best_epoch` are read;
-            `report` wants every entry of the history as it comes, and ends the trial by an exception if it is pruned.
-            FloatingPointError, ValueError and MemoryError make a failed trial; any other error, or an interruption,
-            ends the search and leaves the trial to be tried again.
-        discard: called with the parameters of a trial once its end is written down.
+        objective: (parameters, report) -> a `training.TrainingResult`, of which `history` and `best_epoch` are read.
+            `report` wants every entry of the history, in order, and ends the trial by an exception if it is pruned. An
+            `Exception` makes a failed trial. An interruption leaves the trial to be tried again with the same
+            parameters; if it goes on then, it reports its former epochs again.
         watch: what is told of it.
     Returns:
         all ended trials of the study, by number.
     Raises:
-        ValueError: another search is at work in the folder.
+        ValueError: an entry of the space that is neither a range nor choices, another search at work in the folder, a
+            folder that cannot be written, FAILURES failed trials before any is complete.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the lines below say it in our words
     watch = watch or Watch()
-    space = {name: _distribution(name, values) for name, values in settings.space.items()}
+    # The sampler's random numbers go to the settings in this order, and order is no reason for another study.
+    space = {key: _distribution(key, settings.space[key]) for key in sorted(settings.space)}
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), _open_study(folder / STUDIES, name, settings) as study:
-        _take_up(study, space)
-        trials = _ended(study, settings.space)
+        _take_up(study, space, watch)
+        trials = _counted(study, settings)
         logger.info("study %s in %s: %d of %d trials done", name, folder / STUDIES, len(trials), settings.trials)
         while len(trials) < settings.trials:
             minutes = (time.monotonic() - started) / 60
@@ -248,26 +251,26 @@ def search(
             # A sampler starts its random numbers anew in each process: one of its own for every trial makes
             # suggestions the same whether or not the search was interrupted before.
             study.sampler = _sampler(settings.seed, len(trials) + 1)
-            asked = study.ask(space)
-            _run_trial(asked, len(trials) + 1, settings, objective, watch)
-            trials = _ended(study, settings.space)
-            discard(trials[-1].parameters)
+            ended = _run_trial(study.ask(space), len(trials) + 1, settings, objective, watch)
+            trials = _counted(study, settings)
+            if not trials:
+                raise ValueError(
+                    f"each of the first {ended.number} trials failed, the last with: {ended.message}; expected one to "
+                    "complete. They do not count: mend what the message names and give the same command again."
+                )
     return trials
 
 
-def best_of(trials: list[Trial], path: Path | str = STUDIES) -> Trial:
-    """The complete trial with the highest objective, the earliest of equals.
-
-    Raises ValueError if none completed; `path` is where the studies lie, for its message.
-    """
+def best_of(trials: list[Trial]) -> Trial:
+    """The complete trial with the highest objective, the earliest of equals. Raises ValueError if none completed."""
     complete = [trial for trial in trials if trial.state == COMPLETE]
-    if complete:
-        return max(complete, key=lambda trial: (trial.objective, -trial.number))
-    reasons = "; ".join(f"trial {trial.number}: {trial.message}" for trial in trials)
-    raise ValueError(
-        f"none of {len(trials)} trials completed ({reasons}); expected at least one. Mend what the messages name, and "
-        f"raise tune.trials to try more, or remove {path} to start anew."
-    )
+    if not complete:
+        reasons = "; ".join(f"trial {trial.number}: {trial.message}" for trial in trials)
+        raise ValueError(
+            f"none of {len(trials)} trials completed ({reasons}); expected at least one. Mend what the messages name; "
+            "the same command goes on."
+        )
+    return max(complete, key=lambda trial: (trial.objective, -trial.number))
 
 
 def study_name(manifest: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]], settings: TuneSettings) -> str:
@@ -276,9 +279,8 @@ def study_name(manifest: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]
     It depends on the code, the data, the space, seed and pruner, and of the base settings on those that are not
     searched: writing the best ones into the parameters starts no new study, nor does another number of workers.
     """
-    without = {*settings.space, "training.devices", "training.workers", "training.resume"}
     fixed = {
-        part: {name: value for name, value in (values or {}).items() if f"{part}.{name}" not in without}
+        part: {name: value for name, value in (values or {}).items() if f"{part}.{name}" not in settings.space}
         for part, values in base.items()
     }
     run = comparison.plan_run(manifest, fixed)
@@ -300,23 +302,26 @@ def nested(
     return sections
 
 
-def trials_table(trials: list[Trial], space: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def trials_table(trials: list[Trial]) -> pd.DataFrame:
     """Attributes of the trials, and a column for each searched setting; the best first, failed ones last.
 
-    Choices that one column cannot hold (lists, numbers beside words) are written as JSON.
+    A setting that was neither a number nor a text in all trials is written as JSON.
     """
-    columns = [field.name for field in dataclasses.fields(Trial) if field.name != "parameters"]
-    rows = [
-        {column: getattr(trial, column) for column in columns}
-        | {name: _cell(trial.parameters[name], space[name]) for name in space}
-        for trial in trials
-    ]
-    table = pd.DataFrame(rows, columns=[*columns, *space])
-    table = table.astype({"objective": float, "best_epoch": "Int64"})
+    fields = [field.name for field in dataclasses.fields(Trial) if field.name != "parameters"]
+    columns = {field: [getattr(trial, field) for trial in trials] for field in fields}
+    for name in trials[0].parameters:
+        values = [trial.parameters[name] for trial in trials]
+        kinds = {type(value) for value in values}
+        columns[name] = values if kinds <= {int, float} or kinds == {str} else [json.dumps(value) for value in values]
+    table = pd.DataFrame(columns).astype({"objective": float, "best_epoch": "Int64"})
     return table.sort_values(["objective", "number"], ascending=[False, True], ignore_index=True)
 
 
 # --- one trial
+
+
+class _Failed(Exception):
+    """Leaves the context of a failed trial's run, and goes no further."""
 
 
 def _run_trial(
@@ -325,87 +330,73 @@ def _run_trial(
     settings: TuneSettings,
     objective: Callable[[Parameters, Report], Any],
     watch: Watch,
-) -> None:
+) -> Trial:
     """Train one trial and write down how it ended, in the study and to the watch."""
     import optuna
+    from optuna.trial import TrialState
 
     parameters = _parameters(asked.params, settings.space)
-    # Of an interruption's.
-    history = {row["epoch"]: row for row in asked.user_attrs.get(_HISTORY, [])}
-    logger.info("trial %d of %d%s: %s", number, settings.trials, " goes on" if history else "", in_words(parameters))
-
-    def keep(row: dict[str, float]) -> None:
-        history[row["epoch"]] = row
-        asked.set_user_attr(_HISTORY, list(history.values()))
-        asked.report(row[OBJECTIVE], row["epoch"])
-        watch.epoch(row)
-
-    def prune_if_due() -> None:
-        if asked.should_prune():
-            raise optuna.TrialPruned(f"after epoch {max(history)} its best was below the median of complete trials")
+    logger.info("trial %d of %d: %s", number, settings.trials, in_words(parameters))
+    minutes = 0.0
 
     def report(row: dict[str, float]) -> None:
-        # A net that goes on from its last checkpoint may repeat an epoch that was reported before.
-        if row["epoch"] not in history:
-            keep(row)
-            prune_if_due()
+        nonlocal minutes
+        minutes += row["seconds"] / 60
+        asked.set_user_attr(_MINUTES, minutes)
+        asked.report(row[OBJECTIVE], row["epoch"])
+        watch.epoch(row)
+        if asked.should_prune():
+            raise optuna.TrialPruned
 
-    with watch.run(f"trial {number}", parameters):
-        for row in history.values():
-            asked.report(row[OBJECTIVE], row["epoch"])
-            watch.epoch(row)
+    with contextlib.suppress(_Failed), watch.run(f"trial {number}", parameters) as run:
+        if run is not None:
+            asked.set_user_attr(_RUN, run)
         try:
-            if history:
-                prune_if_due()
             result = objective(parameters, report)
-            for row in result.history:
-                if row["epoch"] not in history:
-                    keep(row)
-            outcome = {"state": COMPLETE, "best_epoch": int(result.best_epoch), "message": ""}
-        except optuna.TrialPruned as pruned:
-            # max takes the first of equals, as training.fit does.
-            best = max(history.values(), key=lambda row: row[OBJECTIVE])
-            outcome = {"state": PRUNED, "best_epoch": best["epoch"], "message": str(pruned)}
-        except (FloatingPointError, ValueError, MemoryError) as error:
-            outcome = {"state": FAILED, "best_epoch": None, "message": f"{type(error).__name__}: {error}"}
-            logger.debug("trial %d failed", number, exc_info=True)
-        # Before the state: a trial that has an outcome and no state yet is ended by the next search, not trained again.
-        asked.set_user_attr(_OUTCOME, outcome)
-        _tell(asked.study, asked.number, outcome, history)
-        ended = _trial(number, asked.params, asked.user_attrs, settings.space)
+        except optuna.TrialPruned:
+            told = asked.study.tell(asked, state=TrialState.PRUNED)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            # Before the state: a trial that has a message is not tried again.
+            asked.set_user_attr(_MESSAGE, message)
+            told = asked.study.tell(asked, state=TrialState.FAIL)
+            # These three say what to change; where any other comes from has to be seen.
+            unexpected = not isinstance(error, (FloatingPointError, ValueError, MemoryError))
+            logger.warning("trial %d failed and is left out: %s", number, message, exc_info=unexpected)
+        else:
+            told = asked.study.tell(asked, result.history[result.best_epoch - 1][OBJECTIVE])
+        ended = _trial(number, told, settings.space)
         watch.end(ended)
-    if ended.state == FAILED:
-        logger.warning("trial %d failed and is left out: %s", number, ended.message)
-    else:
+        if ended.state == FAILED:
+            raise _Failed
+    if ended.state != FAILED:
         logger.info(
             "trial %d %s: validation mean IoU %.4f at epoch %d of %d%s",
             *(number, ended.state, ended.objective, ended.best_epoch, ended.epochs),
             f" ({ended.message})" if ended.message else "",
         )
+    return ended
 
 
-def _tell(study: optuna.Study, number: int, outcome: Mapping[str, Any], history: Mapping[int, Mapping]) -> None:
+def _trial(number: int, frozen: optuna.trial.FrozenTrial, space: Mapping[str, Mapping[str, Any]]) -> Trial:
     from optuna.trial import TrialState
 
-    if outcome["state"] == COMPLETE:
-        study.tell(number, history[outcome["best_epoch"]][OBJECTIVE])
-    else:
-        study.tell(number, state=TrialState.PRUNED if outcome["state"] == PRUNED else TrialState.FAIL)
-
-
-def _trial(number: int, params: Mapping, attributes: Mapping, space: Mapping) -> Trial:
-    history = {row["epoch"]: row for row in attributes.get(_HISTORY, [])}
-    outcome = attributes[_OUTCOME]
-    best = outcome["best_epoch"]
+    state = {TrialState.COMPLETE: COMPLETE, TrialState.PRUNED: PRUNED, TrialState.FAIL: FAILED}[frozen.state]
+    scores = frozen.intermediate_values  # epoch -> val_mean_iou
+    # max takes the first of equals, as training.fit does.
+    best_epoch = None if state == FAILED else max(sorted(scores), key=scores.get)
+    message = frozen.user_attrs.get(_MESSAGE, "")
+    if state == PRUNED:
+        message = f"after epoch {max(scores)} its best was below the median of complete trials"
     return Trial(
         number=number,
-        state=outcome["state"],
-        parameters=_parameters(params, space),
-        objective=None if best is None else float(history[best][OBJECTIVE]),
-        best_epoch=best,
-        epochs=len(history),
-        minutes=sum(row.get("seconds", 0.0) for row in history.values()) / 60,
-        message=outcome["message"],
+        state=state,
+        parameters=_parameters(frozen.params, space),
+        objective=scores.get(best_epoch),
+        best_epoch=best_epoch,
+        epochs=len(scores),
+        minutes=frozen.user_attrs.get(_MINUTES, 0.0),
+        message=message,
     )
 
 
@@ -425,17 +416,17 @@ def _alone(folder: Path) -> Iterator[None]:
 
     The lock is SQLite's, on a file beside the studies, and ends with the process whichever way that ends.
     """
-    connection = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
+            connection = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
+            stack.callback(connection.close)
             connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
-            raise ValueError(
-                f"{folder / LOCK}: {error}; expected no other search at work in this folder. Wait for it, or stop it."
-            ) from error
+            expected = "a file that can be written. Choose another folder, or allow it"
+            if "locked" in str(error):
+                expected = "no other search at work in this folder. Wait for it, or stop it"
+            raise ValueError(f"{folder / LOCK}: {error}; expected {expected}.") from error
         yield
-    finally:
-        connection.close()
 
 
 @contextlib.contextmanager
@@ -444,10 +435,9 @@ def _open_study(path: Path, name: str, settings: TuneSettings) -> Iterator[optun
 
     pruner = optuna.pruners.NopPruner()
     if settings.pruner is not None:
-        values = {"startup_trials": 5, "warmup_epochs": 5} | dict(settings.pruner)
         # Optuna counts steps from 0 and spares those below n_warmup_steps; epochs count from 1.
         pruner = optuna.pruners.MedianPruner(
-            n_startup_trials=values["startup_trials"], n_warmup_steps=values["warmup_epochs"] + 1
+            n_startup_trials=settings.pruner["startup_trials"], n_warmup_steps=settings.pruner["warmup_epochs"] + 1
         )
     storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
     try:
@@ -459,27 +449,34 @@ def _open_study(path: Path, name: str, settings: TuneSettings) -> Iterator[optun
         storage.engine.dispose()
 
 
-def _take_up(study: optuna.Study, space: Mapping[str, Any]) -> None:
-    """End the trials that an interruption left, and queue each with its parameters and the epochs it has had."""
+def _take_up(study: optuna.Study, space: Mapping[str, Any], watch: Watch) -> None:
+    """End what an interruption left, and queue the trial with its parameters: its training knows where it stood."""
     from optuna.trial import TrialState
 
     waiting = study.get_trials(states=(TrialState.WAITING,))
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        history = trial.user_attrs.get(_HISTORY, [])
-        if outcome := trial.user_attrs.get(_OUTCOME):
-            _tell(study, trial.number, outcome, {row["epoch"]: row for row in history})
-            continue
+        if (run := trial.user_attrs.get(_RUN)) is not None:
+            watch.left(run)
         # Without all its parameters it was not begun, and will be suggested the same ones again. A waiting trial is
-        # this one's successor already, from a start that was cut short here.
-        if set(trial.params) == set(space) and not waiting:
-            study.enqueue_trial(trial.params, user_attrs={_HISTORY: history})
+        # this one's successor already, from a start that was cut short here. One with a message has failed.
+        if set(trial.params) == set(space) and not waiting and _MESSAGE not in trial.user_attrs:
+            study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
 
 
-def _ended(study: optuna.Study, space: Mapping[str, Any]) -> list[Trial]:
-    """The trials that have ended of themselves."""
-    ended = (t for t in study.get_trials() if t.state.is_finished() and _OUTCOME in t.user_attrs)
-    return [_trial(number, trial.params, trial.user_attrs, space) for number, trial in enumerate(ended, 1)]
+def _counted(study: optuna.Study, settings: TuneSettings) -> list[Trial]:
+    """The trials that have ended of themselves, less the failures that ended a search."""
+    from optuna.trial import TrialState
+
+    ended = [
+        trial
+        for trial in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+        if trial.state != TrialState.FAIL or _MESSAGE in trial.user_attrs
+    ]
+    most = min(FAILURES, settings.trials)
+    while len(ended) >= most and all(trial.state == TrialState.FAIL for trial in ended[:most]):
+        ended = ended[most:]
+    return [_trial(number, trial, settings.space) for number, trial in enumerate(ended, 1)]
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
@@ -492,112 +489,47 @@ def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
 
 
 def _distribution(name: str, values: Mapping[str, Any]) -> optuna.distributions.BaseDistribution:
-    """Raises ValueError if the entry of the space is neither a range nor choices."""
+    """What Optuna, which checks it, has for an entry of the space. Raises ValueError if that is no range or choices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    where = f"tune.space.{name}"
-    if "choices" in values:
-        check_names(values, CHOICES, where)
-        choices = values["choices"]
-        if not isinstance(choices, (list, tuple)) or not choices:
-            raise ValueError(f"{where}.choices is {choices!r}; expected a list of one or more values.")
-        stored = [_stored(choice) for choice in choices]
-        # Python, and so Optuna, takes 1, 1.0 and true for one value.
-        if len(set(stored)) < len(stored):
-            raise ValueError(f"{where}.choices is {choices}; expected each value once.")
-        return CategoricalDistribution(stored)
-    check_names(values, RANGE, where)
-    missing = [limit for limit in ("low", "high") if limit not in values]
-    if missing:
-        raise ValueError(f"{where} has no {missing[0]}; expected low and high, or choices.")
-    low, high, log, step = values["low"], values["high"], values.get("log", False), values.get("step")
-    for key, value in (("low", low), ("high", high), *([("step", step)] if step is not None else [])):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{where}.{key} is {value!r}; expected a number.")
-    if not low < high:
-        raise ValueError(f"{where}: low {low} is not below high {high}; expected a range.")
-    if not isinstance(log, bool):
-        raise ValueError(f"{where}.log is {log!r}; expected true or false.")
-    if log and (step is not None or low <= 0):
-        raise ValueError(f"{where}: log goes with neither a step nor a low of {low}; expected low above 0 and no step.")
-    whole = isinstance(low, int) and isinstance(high, int)
-    if step is not None:
-        steps = (high - low) / step if step > 0 else 0
-        if round(steps) < 1 or abs(steps - round(steps)) > 1e-6 or (whole and not isinstance(step, int)):
-            raise ValueError(f"{where}.step is {step}; expected to reach {high} from {low} in equal steps of one type.")
-    if whole:
-        return IntDistribution(low, high, log=log, step=step or 1)
-    return FloatDistribution(float(low), float(high), log=log, step=step)
-
-
-def _stored(choice: Any) -> Any:
-    """A choice as Optuna can keep it: lists as JSON."""
-    return choice if choice is None or isinstance(choice, (bool, int, float, str)) else json.dumps(choice)
+    try:
+        entry = {key: value for key, value in dict(values).items() if value is not None}
+        if "choices" in entry:
+            if not isinstance(entry["choices"], (list, tuple)):
+                raise TypeError("choices are no list")
+            # As JSON: Optuna keeps no lists, and takes 1, 1.0 and true for one value.
+            return CategoricalDistribution(**entry | {"choices": [json.dumps(choice) for choice in entry["choices"]]})
+        whole = all(isinstance(value, int) for value in entry.values())  # True and False of `log` are whole, too
+        return (IntDistribution if whole else FloatDistribution)(**entry)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"tune.space.{name} is {values} ({error}); expected low and high, with log or step, or choices."
+        ) from error
 
 
 def _parameters(params: Mapping[str, Any], space: Mapping[str, Mapping[str, Any]]) -> Parameters:
-    """What a trial tries, in the order of the space, as the space has it: lists are lists again."""
-    own = {name: {_stored(choice): choice for choice in values.get("choices", ())} for name, values in space.items()}
-    return {name: own[name].get(params[name], params[name]) for name in space}
+    """What a trial tries, in the order of the space."""
+    return {name: json.loads(params[name]) if "choices" in space[name] else params[name] for name in space}
 
 
-def _cell(value: Any, values: Mapping[str, Any]) -> Any:
-    kinds = {float if type(choice) is int else type(choice) for choice in values.get("choices", ())}
-    return value if not kinds or (len(kinds) == 1 and kinds <= {bool, float, str}) else json.dumps(value)
-
-
-def _check_space(base: Mapping[str, Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]]) -> None:
-    """Stop before the first hour of training, not after it: at names, and at values that `training.fit` refuses."""
+def _check_names(model: str, space: Mapping[str, Mapping[str, Any]]) -> None:
+    """Stop at a misspelt setting before the first training; values are the training's to refuse, in seconds."""
     from lumbarflow.losses import FocalDiceLoss
 
     functions = {
-        "model": (models.find(base["model"]["name"]).build, ("size", "channels", "classes", "precision")),
+        "model": (models.find(model).build, ("size", "channels", "classes", "precision")),
         "loss": (FocalDiceLoss, ("name", "kwargs")),
         "training": (TrainingSettings, ()),
         "augmentation": (AugmentationSettings, ()),
     }
-    ends: dict[str, dict[str, list]] = {}
-    for name, values in space.items():
-        section_name, _, setting = name.partition(".")
-        if section_name not in functions or not setting:
+    for name in space:
+        part, _, setting = name.partition(".")
+        if part not in functions or not setting:
             raise ValueError(f"tune.space names {name!r}; expected section.setting with a section of {list(SECTIONS)}.")
-        function, reserved = functions[section_name]
-        taken = [key for key in inspect.signature(function).parameters if key not in reserved]
-        check_names([setting], taken, section_name)
+        function, reserved = functions[part]
+        check_names([setting], [key for key in inspect.signature(function).parameters if key not in reserved], part)
         if name in NOT_SEARCHED:
             raise ValueError(
                 f"tune.space names {name}; expected settings that make better nets. The best of several seeds is luck "
                 "on these validation patients, and how a training is run is the machine's concern."
             )
-        _distribution(name, values)
-        ends.setdefault(section_name, {})[setting] = values.get("choices") or [values["low"], values["high"]]
-    for section_name, searched in ends.items():
-        if section_name == "model":  # a net's values are checked when it is built
-            continue
-        function, reserved = functions[section_name]
-        for setting, values in searched.items():
-            for value in values:
-                tried = searched | {setting: [value]}
-                _check_value(function, base.get(section_name) or {}, section_name, reserved, tried)
-
-
-def _check_value(
-    function: Callable, values: Mapping[str, Any], name: str, reserved: tuple[str, ...], ends: Mapping[str, list]
-) -> None:
-    """Raise ValueError if no combination of these ends goes: one setting may allow another's value."""
-    refused = None
-    for combination in itertools.product(*ends.values()):
-        try:
-            section(function, {name: {**values, **dict(zip(ends, combination, strict=True))}}, name, reserved)
-            return
-        except ValueError as error:
-            refused = refused or error
-    raise ValueError(f"tune.space: {refused}") from refused
-
-
-def _check_split(model_input: ModelInput) -> None:
-    if model_input.manifest.get("leaky"):
-        raise ValueError(
-            f"{model_input.root}: its split has slices of one patient on several sides; expected none, or test "
-            "patients would choose the settings. Preprocess with split.method patient or official."
-        )

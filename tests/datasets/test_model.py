@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kedro.io import DatasetError
 
-from lumbarflow.datasets import KerasModelDataset, ModelInputDataset
+from lumbarflow.datasets import FolderDataset, KerasModelDataset, ModelInputDataset
 from lumbarflow.model_input import FORMAT_VERSION, ModelInput
 
 
@@ -63,3 +63,11 @@ def test_code_in_a_model_file_is_not_run(tmp_path):
 def test_an_absent_model_is_an_error(tmp_path):
     with pytest.raises(DatasetError, match=r"model.keras: no such file; expected a .keras file"):
         KerasModelDataset(filepath=str(tmp_path / "model.keras")).load()
+
+
+def test_a_folder_loads_as_its_path_and_is_not_saved(tmp_path):
+    dataset = FolderDataset(path=str(tmp_path / "training"))
+    assert dataset.load() == tmp_path / "training"
+    assert dataset.exists() and str(tmp_path) in str(dataset)
+    with pytest.raises(DatasetError, match="this folder is filled by the node that is given its path"):
+        dataset.save("anything")

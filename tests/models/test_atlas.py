@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lumbarflow import models
 from lumbarflow.models.atlas import adapt
-from lumbarflow.training import load_model, save_model
+from lumbarflow.networks import load_model, save_model
 
 SIZE = (20, 28)
 # A quarter of the size.

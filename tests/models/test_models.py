@@ -15,7 +15,7 @@ import pytest
 
 from lumbarflow import models
 from lumbarflow.labels import CLASS_COUNT
-from lumbarflow.training import load_model, save_model
+from lumbarflow.networks import load_model, save_model
 
 SIZE = (8, 12)
 # The least of each kind that has all its layers.

@@ -66,7 +66,7 @@ def test_a_model_is_registered_as_it_was_evaluated(model_input, monkeypatch):
     monkeypatch.setattr(
         registry, "register", lambda path, manifest, metrics, settings, names: registered.append(settings)
     )
-    monkeypatch.setattr("lumbarflow.training.save_model", lambda model, path: None)
+    monkeypatch.setattr("lumbarflow.networks.save_model", lambda model, path: None)
     monkeypatch.setattr("lumbarflow.tracking.tag_manifest", lambda manifest: None)
     model, names = LeftNeighbour(), {"name": "lumbar-unet", "alias": "champion"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -128,6 +129,42 @@ def test_steps_run_one_by_one_must_fit_together(kedro_run, raw, monkeypatch, tmp
     runs = client.search_runs([client.get_experiment_by_name("lumbarflow").experiment_id])
     assert all("data_hash" in run.data.tags for run in runs if run.info.status == "FINISHED")
     assert len(runs) == 6
+
+
+def test_an_interrupted_fit_goes_on_and_its_new_run_has_the_whole_curve(kedro_run, raw, monkeypatch, caplog, project):
+    import mlflow
+
+    from lumbarflow import tracking
+
+    settings = {"raw_dir": str(raw), "filter": {"minimum_classes": 3}, "preprocess": {"size": [32, 32]}}
+    settings["training"] = {"epochs": 3}
+    kedro_run("ingest", **settings)
+    kedro_run("preprocess", **settings)
+    log_epoch = tracking.log_epoch
+
+    def interrupted(row, prefix=""):
+        log_epoch(row, prefix)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tracking, "log_epoch", interrupted)
+        kedro_run("fit", **settings)
+    with caplog.at_level(logging.INFO):
+        catalog = kedro_run("fit", **settings)
+    assert "going on after epoch 2 of 3" in caplog.text
+    assert catalog.load("training_history")["epoch"].tolist() == [1, 2, 3]
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("lumbarflow").experiment_id
+    (run,) = [run for run in client.search_runs([experiment]) if run.info.status == "FINISHED"]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3]
+    (folder,) = (project / "data/06_models/training").iterdir()
+    record = catalog.load("training_record")
+    assert record["weights"] == json.loads((folder / "training_record.json").read_text())["weights"]
+
+    # Other settings are another training, beside the first.
+    kedro_run("fit", **settings | {"training": {"epochs": 1}})
+    assert len(list((project / "data/06_models/training").iterdir())) == 2
 
 
 LABEL_TABLE = np.zeros(256, np.uint8)

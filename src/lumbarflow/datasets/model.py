@@ -78,12 +78,12 @@ class KerasModelDataset(AbstractDataset[Any, Any]):
 
     # Keras and its backend cost seconds: they are imported when a model is read or written, not with the catalog.
     def load(self) -> Any:
-        from lumbarflow.training import load_model
+        from lumbarflow.networks import load_model
 
         return load_model(self._filepath)
 
     def save(self, data: Any) -> None:
-        from lumbarflow.training import save_model
+        from lumbarflow.networks import save_model
 
         save_model(data, self._filepath)
 

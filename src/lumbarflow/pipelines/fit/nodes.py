@@ -25,13 +25,13 @@ def train_model(
 
     Returns the net, what it was trained on and how, and the history (twice: for machines and for people).
     """
-    from lumbarflow.training import fit
+    from lumbarflow.training import fit, keep_record
 
     tracking.tag_manifest(model_input.manifest)
     settings = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
     # A folder for each training: one with other settings doesn't end what another has begun.
     output = folder / training_key(model_input.manifest, settings)[:16]
     result = fit(model_input, settings, output=output, on_epoch=tracking.log_epoch)
-    record = describe_training(result, model_input.manifest, settings) | tracking.git_commit(".")
+    record = keep_record(describe_training(result, model_input.manifest, settings) | tracking.git_commit("."), output)
     history = pd.DataFrame(result.history)
     return result.model, record, history, history

@@ -25,7 +25,7 @@ def register_model(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Make a new version of the registered model, and move the champion's alias to it if it has earned it."""
-    from lumbarflow.training import save_model
+    from lumbarflow.networks import save_model
 
     check_names(settings, ("name", "alias"), "registration")
     check_evaluation(summary, weights_digest(model), model_input.manifest)

@@ -34,6 +34,7 @@ def plan_screen(
 ) -> Plan:
     """One run for each row that is to be tried."""
     check_names(settings, ("changes", "reference", "rows", "max_minutes"), "screen")
+    model_input.check_not_leaky("a screen")
     sections = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
     check_names(settings["changes"], sections, "screen.changes")
     shared = {name: values | settings["changes"].get(name, {}) for name, values in sections.items()}

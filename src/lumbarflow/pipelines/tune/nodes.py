@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ def search_settings(
     training: dict[str, Any],
     augmentation: dict[str, Any],
     settings: dict[str, Any],
-    folder: str,
+    folder: Path,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Try settings, each by a training that is an MLflow run below this one.
 
@@ -30,18 +31,19 @@ def search_settings(
     chosen = tuning.TuneSettings.read(settings)
     tracking.tag_manifest(model_input.manifest)
     base = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
-    watch = tuning.Watch(run=tracking.child_run, epoch=tracking.log_epoch, end=_log_end)
+    watch = tuning.Watch(run=tracking.child_run, epoch=tracking.log_epoch, end=_log_end, left=tracking.kill_run)
     tuned = tuning.tune(model_input, base, chosen, folder, watch)
     best = tuned.best
     tracking.log_metrics({"best_objective": best.objective, "trials": len(tuned.trials)})
     tracking.tag_run({"study": tuned.study, "best_trial": best.number})
     logger.info(
         "best is trial %d of %d, validation mean IoU %.4f: %s. To train with it, write what tune_best has under "
-        "`parameters` (as it stands: JSON is YAML) to conf/<env>/parameters_tuned.yml, and run fit with --env=<env>",
+        "`parameters` (as it stands: JSON is YAML) to a new environment's folder, as conf/<new>/parameters_tuned.yml, "
+        "or in place of the same settings of an environment that has them already, and run fit with that --env",
         *(best.number, len(tuned.trials), best.objective, tuning.in_words(best.parameters)),
     )
     content_hash = model_input.manifest["content_hash"]
-    table = mark_table(tuning.trials_table(tuned.trials, chosen.space), content_hash=content_hash)
+    table = mark_table(tuning.trials_table(tuned.trials), content_hash=content_hash)
     record = {
         "parameters": tuning.nested(best.parameters),
         "objective": best.objective,

@@ -1,0 +1,53 @@
+"""Nets as files, and copies of nets; importing this imports Keras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lumbarflow import models
+from lumbarflow.backend import load_keras
+from lumbarflow.files import write_atomically
+
+keras = load_keras()
+models.register_layers()
+
+
+def save_model(model: keras.Model, path: str | Path) -> None:
+    """Write a net as a `.keras` file, without optimiser or loss, under a temporary name first.
+
+    Raises ValueError if the path does not end in `.keras`.
+    """
+    if Path(path).suffix != ".keras":
+        raise ValueError(f"{path}: expected a name ending in .keras, the format that loads without running code.")
+    write_atomically(path, uncompiled(model).save if model.compiled else model.save)
+
+
+def load_model(path: str | Path, precision: str | None = None) -> keras.Model:
+    """Read a `.keras` file in Keras's safe mode, which runs no code from the file; uncompiled.
+
+    Args:
+        precision: None keeps the precision that the net was trained in; "float32" computes in that throughout, for
+            processors that only emulate bfloat16; probabilities then differ by bfloat16's rounding.
+    Raises:
+        ValueError: there is no such file, it is no `.keras` file, or the precision is another one.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; expected a .keras file that save_model wrote.")
+    if precision not in (None, "float32"):
+        raise ValueError(f"precision is {precision!r}; expected None (as trained) or 'float32'.")
+    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    return uncompiled(model, dtype=precision) if precision else model
+
+
+def uncompiled(model: keras.Model, dtype: str | None = None) -> keras.Model:
+    """A copy on one device with the same weights, uncompiled; with `dtype`, all layers compute in that."""
+    config = model.get_config()
+    for layer in config["layers"]:
+        if dtype:
+            layer["config"]["dtype"] = dtype
+        if "synchronized" in layer["config"]:
+            # Of several devices' batch normalisation; where it is not TensorFlow's, it cannot even be read.
+            layer["config"]["synchronized"] = False
+    twin = type(model).from_config(config)
+    twin.set_weights(model.get_weights())
+    return twin

@@ -12,7 +12,7 @@ import pytest
 
 from lumbarflow.losses import FocalDiceLoss
 from lumbarflow.model_input import FORMAT_VERSION
-from lumbarflow.training import load_model
+from lumbarflow.networks import load_model
 
 pytest.importorskip("jax")
 
@@ -23,11 +23,12 @@ for name in ("tensorflow", "kedro", "mlflow", "SimpleITK", "pandas"):
     sys.modules[name] = None
 import numpy as np
 from lumbarflow import training
+from lumbarflow.networks import load_model
 from lumbarflow.losses import FocalDiceLoss
 
 code = training.main(sys.argv[1:7])
 assert code == 0, code
-model = training.load_model(sys.argv[4] + "/best.keras")
+model = load_model(sys.argv[4] + "/best.keras")
 archive = np.load(sys.argv[7])
 predicted = np.asarray(model.predict(archive["images"], verbose=0))
 losses = [float(FocalDiceLoss(**one)(archive["labels"], predicted)) for one in json.loads(sys.argv[8])]

@@ -97,7 +97,7 @@ def test_two_devices_train_the_net_that_one_does(tmp_path, backend):
     half = len(weights) // 2
     for one, two in zip(weights[:half], weights[half:], strict=True):
         # Adam divides by the gradient's own size: where that is all rounding, so is the step, of 0.01 at most.
-        assert np.abs(two - one).mean() < 2e-4
+        assert np.abs(two - one).mean() < 1e-3
         np.testing.assert_allclose(two, one, atol=0.01)
     for name in ("loss", "val_loss", "val_mean_iou"):
         first, second = ([entry[name] for entry in history] for history in told["history"])

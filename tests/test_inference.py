@@ -140,17 +140,21 @@ def test_shifted_views_are_averaged_where_they_show_a_pixel():
         np.testing.assert_allclose(one[..., 0], 1 - expected, atol=1e-6)
 
 
-def test_part_of_a_pixel_is_interpolated_there_and_back():
-    # 0.125 of 4 rows of two columns: half a row, a quarter of a column. The ramp goes down by 10 a row and along the
-    # columns not at all; each view differs from the ramp at the border alone, where half of it is air (the minimum, 0).
+def test_shifts_are_by_whole_pixels():
+    # 0.3 of 4 rows and of 2 columns: 1.2 rows and 0.6 columns, 1 of each. What comes in is air: the minimum, 0.
     net = Recorded(4, 2)
     ramp = np.repeat(np.array([0, 10, 20, 30], np.float32)[:, None], 2, axis=1)
-    Segmenter(net, augmented(0.125, size=[4, 2])).predict(ramp[None, ..., None])
+    Segmenter(net, augmented(0.3, size=[4, 2])).predict(ramp[None, ..., None])
     assert len(net.shown) == 5
     np.testing.assert_array_equal(net.shown[0][0, ..., 0], ramp)
-    np.testing.assert_allclose(net.shown[1][0, :, 0, 0], [0, 5, 15, 25])  # down
-    np.testing.assert_allclose(net.shown[2][0, :, 0, 0], [5, 15, 25, 15])  # up: 30 and 0 in its last row
-    np.testing.assert_allclose(net.shown[3][0, ..., 0], ramp * [0.75, 1])  # to the right
+    np.testing.assert_array_equal(net.shown[1][0, :, 0, 0], [0, 0, 10, 20])  # down
+    np.testing.assert_array_equal(net.shown[2][0, :, 0, 0], [10, 20, 30, 0])  # up
+    np.testing.assert_array_equal(net.shown[3][0, ..., 0], ramp * [0, 1])  # to the right
+    np.testing.assert_array_equal(net.shown[4][0, ..., 0], ramp * [1, 0])  # to the left
+    # A shift of less than half a pixel is none.
+    net = Recorded(4, 2)
+    Segmenter(net, augmented(0.1, size=[4, 2])).predict(ramp[None, ..., None])
+    assert len(net.shown) == 1
 
 
 def test_turned_views_are_averaged():
@@ -177,7 +181,7 @@ def test_what_a_view_shows_is_what_training_would_show():
     image = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(np.float32)
     net = Recorded(9, 7, channels=3)
     Segmenter(net, augmented(0.1, 12.5, size=[9, 7])).predict(image[None])
-    moves = [{"shift_rows": 0.9}, {"shift_rows": -0.9}, {"shift_columns": 0.7}, {"shift_columns": -0.7}]
+    moves = [{"shift_rows": 1}, {"shift_rows": -1}, {"shift_columns": 1}, {"shift_columns": -1}]
     moves += [{"rotation_degrees": 12.5}, {"rotation_degrees": -12.5}]
     for shown, move in zip(net.shown[1:], moves, strict=True):
         expected, _ = apply_augmentation(image, np.zeros((9, 7), int), Augmentation(**move))

@@ -36,7 +36,7 @@ def test_a_screen_scores_validation_patients_goes_on_and_names_what_was_not_run(
         "base": {},
         "shifted_and_rotated": {"evaluation": {"test_time_augmentation": {"shift": 0.1}}},
         "neighbouring_slices": {"training": {"neighbours": 1}},
-        "elastic": {"augmentation": {"elastic_shift": 5.0}},
+        "group_norm": {"model": {"normalisation": "group", "groups": 7}},
     }
     settings = SETTINGS | {"raw_dir": str(raw)}
     # The time is over before the first row: there is nothing to compare, and nothing is pretended.
@@ -46,7 +46,8 @@ def test_a_screen_scores_validation_patients_goes_on_and_names_what_was_not_run(
     catalog = kedro_run("screen", **settings, screen=screen(rows, max_minutes=None))
     table = pd.read_csv(project / "data/08_reporting/screen_table.csv").set_index("row")
     assert (table.loc[["base", "shifted_and_rotated", "neighbouring_slices"], "outcome"] == "run").all()
-    assert table.loc["elastic", "outcome"].startswith("failed: augmentation.elastic_shift")
+    assert table.loc["group_norm", "outcome"].startswith("failed: modified_unet: ")
+    assert "groups" in table.loc["group_norm", "outcome"]
     assert table.loc["larger_input", "outcome"].startswith("not run: needs slices prepared at another size")
     assert (table.loc[list(set(NAMES) - set(rows) - {"larger_input"}), "outcome"] == "left out by the test").all()
     assert table.loc["base", "difference"] == 0

@@ -156,7 +156,8 @@ def test_an_interrupted_fit_goes_on_and_its_new_run_has_the_whole_curve(kedro_ru
     assert catalog.load("training_history")["epoch"].tolist() == [1, 2, 3]
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("lumbarflow").experiment_id
-    (run,) = [run for run in client.search_runs([experiment]) if run.info.status == "FINISHED"]
+    run, former = client.search_runs([experiment])  # the newest first
+    assert [metric.step for metric in client.get_metric_history(former.info.run_id, "val_loss")] == [1, 2]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2, 3]
     (folder,) = (project / "data/06_models/training").iterdir()
     record = catalog.load("training_record")

@@ -647,17 +647,16 @@ def test_warm_up_rises_and_then_the_cosine_falls(model_input, quick):
 
 
 def test_weight_decay_shrinks_kernels_and_nothing_else(model_input, quick):
-    chosen = {"model": quick, "epochs": 1, "batch_size": 5, "learning_rate": 0.01}
+    chosen = {"model": {"name": "one_layer_normalised"}, "epochs": 1, "batch_size": 5, "learning_rate": 0.01}
     plain, decayed = (fit(model_input, settings(**chosen, weight_decay=w)).model for w in (0, 0.5))
     keras = load_keras()
     keras.utils.set_random_seed(0)
-    initial = one_layer(SIZE, 1, 4, precision="float32")
-    for start, a, b in zip(initial.weights, plain.weights, decayed.weights, strict=True):
-        if start.name == "kernel":
-            # AdamW takes rate x decay off the kernel before its step, which is Adam's: 0.01 x 0.5.
-            np.testing.assert_allclose(a - b, 0.005 * np.array(start), atol=1e-6)
-        else:
-            np.testing.assert_array_equal(a, b)
+    initial = one_layer_normalised(SIZE, 1, 4, precision="float32")
+    assert {"kernel", "bias", "gamma", "beta"} <= {variable.name for variable in initial.weights}
+    for start, a, b in zip(initial.weights, plain.get_weights(), decayed.get_weights(), strict=True):
+        # AdamW takes rate x decay off a kernel before its step, which is Adam's: 0.01 x 0.5. Gammas start at 1.
+        expected = 0.005 * np.array(start) if start.name == "kernel" else 0
+        np.testing.assert_allclose(a - b, expected, atol=1e-6)
 
 
 def test_a_net_with_several_outputs_is_served_with_its_first(model_input):

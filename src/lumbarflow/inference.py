@@ -49,8 +49,9 @@ class Segmenter:
         model: Keras model, float (n, H, W, 2 * neighbours + 1) -> probabilities (n, H, W, classes).
         settings: `size` [H, W], `keep_aspect`, `normalisation` and `percentiles` [lower, upper] as in preprocessing,
             `batch_size` (slices per forward pass) and `test_time_augmentation`: `shift`, a fraction of height and
-            width, in whole pixels, and `rotation_degrees`, of the pixel grid. With either above 0 the probabilities are averaged over
-            the slice as it is and shifted up, down, to the left and to the right, or turned both ways. Without
+            width, in whole pixels, and `rotation_degrees`, of the pixel grid. With either above 0 the probabilities are
+            averaged over the slice as it is and shifted up, down, to the left and to the right, or turned both ways;
+            turning blurs by its interpolation. Without
             `test_time_augmentation` there is none: models registered earlier do not have it in their record.
     Attributes:
         neighbours: slices on each side that the net sees as channels.

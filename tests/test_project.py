@@ -74,7 +74,7 @@ def test_layers_follow_the_flow_of_data(pipelines):
         assert not sources or max(sources) <= min(rank(name) for name in node.outputs), node.name
 
 
-@pytest.mark.parametrize("environment", ["local", "spider", "paper"])
+@pytest.mark.parametrize("environment", ["local", "spider", "best", "paper"])
 def test_every_parameter_that_a_node_takes_is_configured(pipelines, environment):
     parameters = configuration(environment)["parameters"]
     inputs = {name for pipeline in pipelines.values() for name in pipeline.inputs()}
@@ -91,6 +91,18 @@ def test_spider_states_only_what_differs_from_base():
     assert spider["preprocess"] == base["preprocess"] | {"size": [256, 256]}
     assert spider | {"preprocess": None, "raw_dir": None} == base | {"preprocess": None, "raw_dir": None}
     assert spider["split"]["method"] == "patient"
+
+
+def test_best_differs_from_spider_in_what_the_screen_has_measured():
+    spider, best = configuration("spider")["parameters"], configuration("best")["parameters"]
+    assert best["preprocess"] == spider["preprocess"] and best["split"] == spider["split"]
+    assert best["training"] == spider["training"] | {"learning_rate": 2e-3, "warmup_epochs": 1}
+    moved = {"shift": 0.02, "rotation_degrees": 3.0}
+    assert best["evaluation"] == spider["evaluation"] | {"test_time_augmentation": moved}
+    # They are rows of the screen.
+    rows = spider["screen"]["rows"]
+    assert rows["double_rate_with_warm_up"] == {"training": {"learning_rate": 2e-3, "warmup_epochs": 1}}
+    assert rows["shifted_and_rotated"] == {"evaluation": {"test_time_augmentation": moved}}
 
 
 def test_the_paper_environment_is_the_papers_protocol():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from lumbarflow import evaluation, inference, metrics, uncertainty
 from lumbarflow.cohort import Scan, ingest_scan
 from lumbarflow.evaluation import Case, evaluate_cases, predicted_cases, prediction_work, read_case
 from lumbarflow.imaging import LabelMap
@@ -109,6 +112,13 @@ def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_pa
         counts = np.array(series.record(name)["class_counts"])
         np.testing.assert_array_equal(overlap[..., 2], counts)
         np.testing.assert_allclose(overlap[..., 1].sum(axis=1), counts.sum(axis=1), rtol=1e-5)
+        # No pixel has less than 0.075 of any class: all are counted, for each.
+        reliability = predictions.array(name, "reliability.npy").sum(axis=2)
+        np.testing.assert_array_equal(reliability[..., 0], np.repeat(counts.sum(axis=1)[:, None], 3, axis=1))
+        np.testing.assert_allclose(reliability[..., 1], overlap[:, 1:, 1], rtol=1e-5)
+        np.testing.assert_array_equal(reliability[..., 2], counts[:, 1:])
+        decided = (case.prediction[..., None] == [1, 2, 3]).sum(axis=(1, 2))
+        np.testing.assert_array_equal(predictions.array(name, "entropy.npy")[..., 1], decided)
     assert update().made == []
     assert (net.slices, len(loads)) == (slices, 1)
     for changed in (("other weights", "network"), ("other weights", "other network")):
@@ -135,6 +145,72 @@ def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path
     assert len({round(length, 3) for length in cases[0].spacing_mm}) == 3
     whole = read_case(series, predictions, "1_t1")
     assert whole.tested.tolist() == list(range(len(whole.reference)))
+
+
+def test_entropy_and_reliability_are_of_the_tested_slices(series, tmp_path):
+    data, predictions, update, *_ = predict(series, tmp_path, tested=[2, 4])
+    update()
+    evaluated = evaluate_cases(predicted_cases(data.manifest, series, predictions), SETTINGS)
+    by_case = evaluated.by_case.set_index(["series", "class"])["entropy"]
+    reliability = np.zeros((3, uncertainty.BINS, 3))
+    for name in series.series():
+        sums, pixels = predictions.array(name, "entropy.npy")[[2, 4]].sum(axis=0).T
+        found = by_case.loc[name]
+        np.testing.assert_allclose(found[["vertebrae", "canal", "IVD"]], sums / np.where(pixels, pixels, np.nan))
+        assert np.isnan(found["background"])
+        reliability += predictions.array(name, "reliability.npy")[[2, 4]].sum(axis=0)
+    np.testing.assert_array_equal(evaluated.reliability, reliability)
+    # The net gives 0.775 to what it decides, or less where it was interpolated; never more, and never nothing.
+    belief = np.array([0.775, 0.075, 0.075, 0.075])
+    least = -(belief * np.log(belief)).sum() / np.log(4)
+    assert by_case.dropna().between(least - 1e-6, 1).all() and by_case.notna().any()
+
+
+def test_entropy_is_of_what_was_decided_and_reliability_against_the_reference(series, tmp_path):
+    class DiscsAreVertebrae(GreyIsClass):
+        def predict(self, net_input, batch_size, verbose):
+            return super().predict(net_input, batch_size, verbose)[..., [0, 3, 2, 1]]
+
+    predictions = SeriesStore(tmp_path / "predictions")
+    work = prediction_work(DiscsAreVertebrae, "weights", "network", model_input(series), series, SETTINGS)
+    predictions.update(work)
+    for name in series.series():
+        case, counts = read_case(series, predictions, name), np.array(series.record(name)["class_counts"])
+        decided = (case.prediction[..., None] == [1, 2, 3]).sum(axis=(1, 2))
+        assert np.any(decided != counts[:, 1:])
+        np.testing.assert_array_equal(case.entropy[..., 1], decided)
+        np.testing.assert_array_equal(case.reliability.sum(axis=2)[..., 2], counts[:, 1:])
+
+
+def test_predictions_without_probabilities_have_neither_entropy_nor_reliability(series, tmp_path):
+    data, predictions, update, *_ = predict(series, tmp_path)
+    update()
+    with_both = evaluate_cases(predicted_cases(data.manifest, series, predictions), SETTINGS)
+    # As of an earlier version of one of them, and as of another tool.
+    predictions.path("1_t1", "entropy.npy").unlink()
+    predictions.path("1_t1", "reliability.npy").unlink()
+    case = read_case(series, predictions, "1_t1")
+    assert case.entropy is None and case.reliability is None and case.soft_overlap is not None
+    evaluated = evaluate_cases(predicted_cases(data.manifest, series, predictions), SETTINGS)
+    entropy = evaluated.by_case.set_index("series")["entropy"]
+    assert entropy["1_t1"].isna().all() and entropy["2_t1"].notna().any()
+    of_the_other = predictions.array("2_t1", "reliability.npy").sum(axis=0)
+    np.testing.assert_array_equal(evaluated.reliability, of_the_other)
+    figures = [name for name in evaluated.by_case if name != "entropy"]
+    assert evaluated.by_case[figures].equals(with_both.by_case[figures])
+    masks = (
+        replace(case, entropy=None, reliability=None) for case in predicted_cases(data.manifest, series, predictions)
+    )
+    evaluated = evaluate_cases(masks, SETTINGS)
+    assert evaluated.by_case["entropy"].isna().all() and not evaluated.reliability.any()
+
+
+@pytest.mark.parametrize("module", [inference, metrics, uncertainty])
+def test_what_other_code_has_stored_is_made_again(series, tmp_path, monkeypatch, module):
+    _, _, update, *_ = predict(series, tmp_path)
+    update()
+    monkeypatch.setattr(module, "__file__", evaluation.__file__)
+    assert update().made == ["1_t1", "2_t1"]
 
 
 def test_another_side_can_be_predicted_and_scored_without_the_test_patients(series, tmp_path):

@@ -241,6 +241,131 @@ def test_impossible_test_time_augmentation_is_named(settings, message):
         Segmenter(ByIntensity(), SETTINGS | {"test_time_augmentation": settings})
 
 
+class Unsure(ByIntensity):
+    """The same, but torn between vertebrae and background, and nearly sure of the canal."""
+
+    input_shape = (None, 32, 24, 1)
+
+    def predict(self, images, batch_size, verbose):
+        decided = super().predict(images, batch_size, verbose)
+        beliefs = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.9, 0.1], [0, 0, 0, 1]], np.float32)
+        beliefs[1] += np.array([-0.01, 0.01, 0, 0], np.float32)
+        return beliefs[decided.argmax(axis=-1)]
+
+
+def test_the_entropy_of_each_structure_by_hand():
+    # 32 x 24 pixels are the net's own: nothing is interpolated.
+    net, scan = Unsure(), slices(5)
+    scan[4, 20:28, 4:10] = 500  # no canal in the last batch
+    settings = SETTINGS | {"size": [32, 24]}
+    found = Segmenter(net, settings).segmentation(scan, (1.0, 1.0))
+    assert net.batches == [(2, 32, 24, 1), (2, 32, 24, 1), (1, 32, 24, 1)]
+    np.testing.assert_array_equal(found.labels, Segmenter(Unsure(), settings).labels(scan, (1.0, 1.0)))
+    assert (found.labels.dtype, np.unique(found.labels).tolist()) == (np.uint8, [0, 1, 2])
+    torn = -(0.49 * np.log(0.49) + 0.51 * np.log(0.51)) / np.log(4)
+    nearly = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1)) / np.log(4)
+    assert found.entropy == pytest.approx({"vertebrae": torn, "canal": nearly, "IVD": np.nan}, abs=1e-6, nan_ok=True)
+    assert found.disagreement is None
+
+
+class RowsByGrey:
+    """A net that finds vertebrae in the first row of dark slices and in the first two of bright ones."""
+
+    input_shape = (None, 4, 8, 1)
+
+    def __init__(self):
+        self.calls = 0
+
+    def predict(self, images, batch_size, verbose):
+        self.calls += 1
+        classes = np.zeros(images.shape[:3], int)
+        classes[:, 0] = 1
+        classes[images[..., 0].mean(axis=(1, 2)) > 0, 1] = 1
+        return np.eye(4, dtype=np.float32)[classes] * 0.8 + 0.05
+
+
+DARK_AND_BRIGHT = np.array([0, 100], np.int16)[:, None, None] * np.ones((2, 4, 8), np.int16)
+MOVED = {"shift": 0.25}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_disagreement_by_hand(batch_size):
+    # By one row and two columns. Shown down, the dark slice's row of 8 is lost above row 0, where the slice as it is
+    # has it; of the bright one's two rows one is found, in row 0. So 8 pixels are shared, of 0 + 8 and 8 + 16: a Dice
+    # of 1/2. Shown up, 8 are shared in row 1, of 8 and 0, 16 and 8. To the sides all agree where they can be seen.
+    segmenter = Segmenter(RowsByGrey(), SETTINGS | {"size": [4, 8], "batch_size": batch_size})
+    found = segmenter.segmentation(DARK_AND_BRIGHT, (1.0, 1.0), MOVED)
+    expected = {"vertebrae": (1 / 2 + 1 / 2 + 0 + 0) / 4, "canal": np.nan, "IVD": np.nan}
+    assert found.disagreement == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_structure_that_only_some_views_show_is_compared_in_those():
+    class Middle(RowsByGrey):
+        def predict(self, images, batch_size, verbose):
+            classes = np.zeros(images.shape[:3], int)
+            classes[:, 1, :2] = 3
+            return np.eye(4, dtype=np.float32)[classes]
+
+    settings = SETTINGS | {"size": [4, 8]}
+    found = Segmenter(Middle(), settings).segmentation(DARK_AND_BRIGHT, (1.0, 1.0), {"shift": 0.75})
+    # Moved by 3 of 4 rows, a slice shows its first or its last row alone, which is background on both sides. Moved by 6
+    # of 8 columns it shows two: those of the disc, which comes back elsewhere, or those it comes back in.
+    assert found.disagreement == pytest.approx({"vertebrae": np.nan, "canal": np.nan, "IVD": 1}, nan_ok=True)
+
+
+def test_a_net_that_moves_with_its_input_does_not_disagree():
+    found = Segmenter(ByIntensity(), SETTINGS).segmentation(slices(), (1.0, 1.0), {"shift": 0.125})
+    assert found.disagreement == pytest.approx({"vertebrae": 0, "canal": 0, "IVD": np.nan}, nan_ok=True)
+
+
+def test_disagreement_does_not_depend_on_test_time_augmentation_which_saves_its_passes():
+    def segmentation(augmentation):
+        net = RowsByGrey()
+        settings = SETTINGS | {"size": [4, 8], "test_time_augmentation": augmentation}
+        found = Segmenter(net, settings).segmentation(DARK_AND_BRIGHT, (1.0, 1.0), MOVED)
+        calls = net.calls
+        plain = Segmenter(net, settings).segmentation(DARK_AND_BRIGHT, (1.0, 1.0))
+        np.testing.assert_array_equal(found.labels, plain.labels)
+        assert str(found.entropy) == str(plain.entropy), "of the very same probabilities"
+        return found.disagreement, calls
+
+    alone, calls = segmentation({})
+    assert calls == 5, "as they are, up, down, to the left and to the right"
+    for augmentation, expected in ((MOVED, 5), (MOVED | {"rotation_degrees": 30}, 7), ({"rotation_degrees": 30}, 7)):
+        found, calls = segmentation(augmentation)
+        assert found == pytest.approx(alone, nan_ok=True)
+        assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("disagreement", "message"),
+    [
+        ({}, r"disagreement \{\} moves nothing at the net's size \[16, 16\]; expected a shift of a pixel"),
+        ({"shift": 0.01}, r"disagreement \{'shift': 0.01\} moves nothing"),
+        ({"rotate": 3}, r"unknown setting disagreement.rotate"),
+        ({"shift": 1.5}, r"disagreement.shift is 1.5; expected 0 or more, below 1"),
+    ],
+)
+def test_a_disagreement_that_cannot_be_is_named(disagreement, message):
+    with pytest.raises(ValueError, match=message):
+        Segmenter(ByIntensity(), SETTINGS).segmentation(slices(), (1.0, 1.0), disagreement)
+
+
+def test_test_time_augmentation_can_be_another_than_the_registered():
+    plain = Segmenter(Blurred(9, 7), SETTINGS | {"size": [9, 7]})
+    images = np.random.default_rng(0).normal(size=(2, 9, 7, 1)).astype(np.float32)
+    before = plain.predict(images)
+    moved = plain.with_test_time_augmentation({"shift": 0.2, "rotation_degrees": 5})
+    assert moved.model is plain.model
+    built = Segmenter(plain.model, augmented(0.2, 5, size=[9, 7]))
+    np.testing.assert_array_equal(moved.predict(images), built.predict(images))
+    np.testing.assert_array_equal(moved.with_test_time_augmentation({}).predict(images), before)
+    np.testing.assert_array_equal(plain.predict(images), before)
+    assert (plain.augmented, moved.augmented) == (False, True)
+    with pytest.raises(ValueError, match=r"test_time_augmentation.shift is 2; expected 0 or more"):
+        plain.with_test_time_augmentation({"shift": 2})
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_volume_is_segmented_in_its_own_storage_order(axes, flip):
@@ -280,8 +405,10 @@ def test_the_digest_follows_the_weights():
     ],
 )
 def test_what_cannot_be_segmented_is_named(array, spacing, message):
-    with pytest.raises(ValueError, match=message):
-        Segmenter(ByIntensity(), SETTINGS).labels(array, spacing)
+    segmenter = Segmenter(ByIntensity(), SETTINGS)
+    for segment in (segmenter.labels, segmenter.probabilities, segmenter.segmentation):
+        with pytest.raises(ValueError, match=message):
+            segment(array, spacing)
 
 
 def test_missing_settings_are_named():

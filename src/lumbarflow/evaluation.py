@@ -1,7 +1,9 @@
 """From a net, or anybody's masks, to the tables of figures: one path for the model, the baselines and other tools.
 
 Predictions lie in a SeriesStore, one entry per case: `labels.mha` in the storage order of the raw file, and, where they
-come from probabilities, `soft_overlap.npy` (see `metrics.soft_overlap`). Cases are read one at a time.
+come from probabilities, what there is to say of these, slice by slice: `soft_overlap.npy` (see `metrics.soft_overlap`),
+`entropy.npy` and `reliability.npy` (see `uncertainty.entropy_sums` and `reliability_counts`). Cases are read one at a
+time.
 """
 
 from __future__ import annotations
@@ -14,10 +16,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import augmentation, imaging, inference, intensity, metrics, model_input, resampling, statistics
+from lumbarflow import (
+    augmentation,
+    imaging,
+    inference,
+    intensity,
+    metrics,
+    model_input,
+    resampling,
+    statistics,
+    uncertainty,
+)
 from lumbarflow.files import source_digest, value_digest
 from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.inference import Segmenter
+from lumbarflow.labels import FOREGROUND
 from lumbarflow.model_input import PREDICTION, SIDES, ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
@@ -25,7 +38,7 @@ from lumbarflow.store import RECORD, SeriesStore, Work
 
 # The section `evaluation` of the parameters.
 SETTINGS = (*PREDICTION, "metrics", "intervals")
-LABELS, SOFT_OVERLAP = "labels.mha", "soft_overlap.npy"
+LABELS, SOFT_OVERLAP, ENTROPY, RELIABILITY = "labels.mha", "soft_overlap.npy", "entropy.npy", "reliability.npy"
 
 
 def check_figures(names: Iterable[str], settings: Mapping[str, Any], section: str) -> None:
@@ -51,6 +64,8 @@ class Case:
         spacing_mm: (slice, row, column).
         tested: indices of the slices that count; all of them unless the split is by slice.
         soft_overlap: float64 (slices, classes, 3) of `metrics.soft_overlap`; None if there are no probabilities.
+        entropy: float64 (slices, structures, 2) of `uncertainty.entropy_sums`; None likewise.
+        reliability: float64 (slices, structures, bins, 3) of `uncertainty.reliability_counts`; None likewise.
     """
 
     series: str
@@ -60,6 +75,8 @@ class Case:
     spacing_mm: tuple[float, float, float]
     tested: np.ndarray
     soft_overlap: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    reliability: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +84,14 @@ class Evaluation:
     """The tables of some cases, see `metrics` for their columns.
 
     Attributes:
-        by_slice, by_case, by_class: figures of each slice, case and class.
+        by_slice, by_case, by_class: figures of each slice, case and class. Cases have an entropy besides: the mean over
+            the pixels decided as the structure, see `uncertainty.entropy`; NaN where there are none, for background,
+            and without probabilities.
         intervals: scope, class, metric, value, low, high, n_cases (those with the class on either side; for the mean
             foreground all), n_patients, n_undefined (the other cases), n_undefined_draws (draws of patients that the
             figure could not be computed of): bootstrap of the pooled overlap figures and of the means over cases.
         confusion: voxels of all cases, int64 (classes, classes).
+        reliability: float64 (structures, bins, 3) of all cases with probabilities, see `uncertainty.reliability_table`.
     """
 
     by_slice: pd.DataFrame
@@ -79,6 +99,7 @@ class Evaluation:
     by_class: pd.DataFrame
     intervals: pd.DataFrame
     confusion: np.ndarray
+    reliability: np.ndarray
 
 
 def prediction_work(
@@ -110,16 +131,21 @@ def prediction_work(
             loaded.append(Segmenter(load_network(), segmenter_settings))
         image, reference = series.volume(name, "image.mha"), series.label_map(name, "labels.mha").array
         column, row, _ = image.spacing_mm
-        labels, overlaps, start = [], [], 0
+        labels, overlaps, entropies, reliabilities, start = [], [], [], [], 0
         for batch in loaded[0].batches(image.array, (row, column)):
+            truth = reference[start : start + len(batch)]
             labels.append(batch.argmax(axis=-1).astype(np.uint8))
-            overlaps.append(metrics.soft_overlap(reference[start : start + len(batch)], batch))
+            overlaps.append(metrics.soft_overlap(truth, batch))
+            entropies.append(uncertainty.entropy_sums(labels[-1], batch))
+            reliabilities.append(uncertainty.reliability_counts(truth, batch))
             start += len(batch)
         record = series.record(name)
         stored = Orientation.from_dict(record["orientation"]).restore(np.concatenate(labels))
         return {
             LABELS: LabelMap(stored, **record["geometry"]),
             SOFT_OVERLAP: np.concatenate(overlaps),
+            ENTROPY: np.concatenate(entropies),
+            RELIABILITY: np.concatenate(reliabilities),
             RECORD: {"model": weights},
         }
 
@@ -131,8 +157,8 @@ def prediction_work(
 
 
 def _prediction_code() -> str:
-    """Digest of the modules that predictions depend on."""
-    return source_digest(inference, model_input, augmentation, resampling, intensity, imaging, metrics)
+    """Digest of the modules that predictions, and what is stored beside them, depend on."""
+    return source_digest(inference, model_input, augmentation, resampling, intensity, imaging, metrics, uncertainty)
 
 
 def predicted_cases(
@@ -169,7 +195,11 @@ def read_case(
     reference = series.label_map(name, "labels.mha")
     orientation = Orientation.from_dict(record["orientation"])
     column, row, slice_spacing = reference.spacing_mm
-    soft = predictions.array(entry, SOFT_OVERLAP) if predictions.path(entry, SOFT_OVERLAP).is_file() else None
+    # Masks of other tools come without.
+    of_probabilities = (
+        predictions.array(entry, file) if predictions.path(entry, file).is_file() else None
+        for file in (SOFT_OVERLAP, ENTROPY, RELIABILITY)
+    )
     return Case(
         name,
         record["patient"],
@@ -177,7 +207,7 @@ def read_case(
         orientation.apply(predictions.label_map(entry, LABELS).array),
         (slice_spacing, row, column),
         np.array(sorted(tested) or range(len(reference.array))),
-        soft,
+        *of_probabilities,
     )
 
 
@@ -191,7 +221,8 @@ def evaluate_cases(cases: Iterable[Case], settings: Mapping[str, Any], ceiling: 
     """
     check_names(settings, SETTINGS, "evaluation")
     nothing = metrics.Pooled.of_nothing(settings["metrics"]["nsd_tolerances_mm"])
-    scored, patients, pooled = {}, {}, nothing
+    scored, patients, pooled, entropies = {}, {}, nothing, {}
+    reliability = np.zeros((len(FOREGROUND), uncertainty.BINS, 3))
     for case in cases:
         scores = metrics.score_case(
             case.reference,
@@ -205,9 +236,16 @@ def evaluate_cases(cases: Iterable[Case], settings: Mapping[str, Any], ceiling: 
         # Only the rows are kept: the histograms of all cases would be what grows most.
         scored[case.series] = (case.patient, replace(scores, pooled=nothing))
         patients[case.patient] = patients.get(case.patient, 0) + scores.pooled.confusion
+        if case.entropy is not None:
+            entropies[case.series] = uncertainty.mean_entropy(case.entropy[case.tested])
+        if case.reliability is not None:
+            reliability += case.reliability[case.tested].sum(axis=0)
     by_slice, by_case = metrics.table_by_slice(scored), metrics.table_by_case(scored)
+    of = zip(by_case["series"], by_case["class"], strict=True)
+    by_case["entropy"] = [entropies.get(series, {}).get(name, np.nan) for series, name in of]
     by_class = metrics.table_by_class(by_slice, by_case, pooled, ceiling)
-    return Evaluation(by_slice, by_case, by_class, _intervals(by_case, patients, settings), pooled.confusion)
+    intervals = _intervals(by_case, patients, settings)
+    return Evaluation(by_slice, by_case, by_class, intervals, pooled.confusion, reliability)
 
 
 def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> pd.DataFrame:

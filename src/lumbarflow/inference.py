@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,17 @@ import numpy as np
 from lumbarflow.augmentation import Augmentation, _source_coordinates
 from lumbarflow.imaging import LabelMap, Volume, to_sagittal
 from lumbarflow.intensity import Normalisation, normalisation_of
+from lumbarflow.labels import CLASS_COUNT, CLASSES
 from lumbarflow.model_input import PREDICTION, PREPARATION, neighbour_indices
 from lumbarflow.parameters import check_names
 from lumbarflow.resampling import InPlaneGrid
+from lumbarflow.uncertainty import entropy_sums, mean_entropy
 
 # What a Segmenter needs to know beside the net; saved with every registered model.
 SETTINGS = (*PREPARATION, *PREDICTION)
 # The setting `test_time_augmentation`; 0 is off.
 OFF = {"shift": 0.0, "rotation_degrees": 0.0}
+SECTION = "evaluation.test_time_augmentation"
 # What models that were registered before a setting came to be lack in their record, and what was done then.
 EARLIER = {"test_time_augmentation": OFF}
 
@@ -40,6 +44,23 @@ def neighbours_of(model: Any) -> int:
             "Build it with 2 * neighbours + 1 channels."
         )
     return (channels - 1) // 2
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The classes of a series, and how unsure the net was of each structure.
+
+    Attributes:
+        labels: uint8 (n, rows, columns), on the slices' own grid.
+        entropy: structure (vertebrae, canal, IVD) -> mean entropy of the probabilities that `labels` were decided by,
+            over the pixels decided as it, as a share of the greatest, ln(classes): 0 to 1; NaN where there are none.
+        disagreement: structure -> 1 - Dice between each slice as it is and moved, over all slices, mean over the moves;
+            NaN where the net finds it in no view. None if nobody asked.
+    """
+
+    labels: np.ndarray
+    entropy: dict[str, float]
+    disagreement: dict[str, float] | None
 
 
 class Segmenter:
@@ -73,6 +94,23 @@ class Segmenter:
         self.neighbours = neighbours_of(model)
         self._moves = _moves(self.size, settings["test_time_augmentation"])
 
+    @property
+    def augmented(self) -> bool:
+        """Whether test-time augmentation is on, and moves this net's slices by a pixel or an angle at least."""
+        return bool(self._moves)
+
+    def with_test_time_augmentation(self, settings: Mapping[str, float]) -> Segmenter:
+        """The same net and preprocessing with other test-time augmentation; the net is shared, not copied.
+
+        Args:
+            settings: `shift` and `rotation_degrees`, see `Segmenter`; what is not given is off.
+        Raises:
+            ValueError: an unknown or impossible setting.
+        """
+        other = copy(self)
+        other._moves = _moves(self.size, settings)
+        return other
+
     def probabilities(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> np.ndarray:
         """Class probabilities on the slices' own grid.
 
@@ -94,6 +132,43 @@ class Segmenter:
         decided = [batch.argmax(axis=-1).astype(np.uint8) for batch in self.batches(slices, pixel_spacing_mm)]
         return np.concatenate(decided)
 
+    def segmentation(
+        self,
+        slices: np.ndarray,
+        pixel_spacing_mm: tuple[float, float],
+        disagreement: Mapping[str, float] | None = None,
+    ) -> Segmentation:
+        """The same labels, and how unsure they are; memory stays that of one batch.
+
+        Args:
+            slices, pixel_spacing_mm: as for `probabilities`.
+            disagreement: how to move the slices to see whether the net says the same of them: `shift` and
+                `rotation_degrees` as in `test_time_augmentation`, whatever that itself is. Each move costs a forward
+                pass, unless test-time augmentation makes it anyway. Compared is the net's own answer with that of the
+                moved slice, moved back, where this shows a pixel, at the net's size.
+        Raises:
+            ValueError: as `probabilities`; moves that move nothing.
+        """
+        moves = {} if disagreement is None else _moves(self.size, disagreement, "disagreement")
+        if disagreement is not None and not moves:
+            raise ValueError(
+                f"disagreement {dict(disagreement)} moves nothing at the net's size {list(self.size)}; expected a "
+                "shift of a pixel or a rotation above 0. Set one, e.g. rotation_degrees to 3."
+            )
+        labels, entropies, overlap = [], [], np.zeros((len(moves), CLASS_COUNT, 2), np.int64)
+        grid, net_inputs = self._prepared(slices, pixel_spacing_mm)
+        for net_input in net_inputs:
+            probabilities, views = self._predict(net_input, moves)
+            native = grid.probabilities_to_native(probabilities)
+            labels.append(native.argmax(axis=-1).astype(np.uint8))
+            entropies.append(entropy_sums(labels[-1], native))
+            overlap += views
+        return Segmentation(
+            np.concatenate(labels),
+            mean_entropy(np.concatenate(entropies)),
+            _disagreement(overlap) if moves else None,
+        )
+
     def segment(self, volume: Volume) -> LabelMap:
         """A volume in any orientation -> its uint8 label map in the same storage order and geometry."""
         sagittal, orientation = to_sagittal(volume)
@@ -103,14 +178,21 @@ class Segmenter:
 
     def batches(self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]) -> Iterator[np.ndarray]:
         """The same as `probabilities`, `batch_size` slices at a time: those of a whole series may not fit in memory."""
+        grid, net_inputs = self._prepared(slices, pixel_spacing_mm)
+        for net_input in net_inputs:
+            yield grid.probabilities_to_native(self.predict(net_input))
+
+    def _prepared(
+        self, slices: np.ndarray, pixel_spacing_mm: tuple[float, float]
+    ) -> tuple[InPlaneGrid, Iterator[np.ndarray]]:
+        """The slices' grid, and what `predict` takes of them, batch by batch."""
         if slices.ndim != 3 or 0 in slices.shape:
             raise ValueError(f"slices of shape {slices.shape}; expected (n, rows, columns), none of them 0")
         if len(pixel_spacing_mm) != 2 or not all(np.isfinite(v) and v > 0 for v in pixel_spacing_mm):
             raise ValueError(f"pixel spacing {pixel_spacing_mm}; expected two positive lengths in mm, (row, column)")
         normalisation = normalisation_of(slices, self.normalisation, self.percentiles)
         grid = InPlaneGrid(slices.shape[1:], tuple(pixel_spacing_mm), self.size, self.keep_aspect)
-        for net_input in self._net_inputs(slices, normalisation, grid):
-            yield grid.probabilities_to_native(self.predict(net_input))
+        return grid, self._net_inputs(slices, normalisation, grid)
 
     def predict(self, net_input: np.ndarray) -> np.ndarray:
         """Class probabilities at the net's size, with test-time augmentation if it is on.
@@ -122,14 +204,28 @@ class Segmenter:
         Returns:
             float32 (n, H, W, classes).
         """
-        total = self._forward(net_input)
-        if not self._moves:
-            return total
+        return self._predict(net_input)[0]
+
+    def _predict(
+        self, net_input: np.ndarray, compared: Mapping[Augmentation, tuple[_Move, _Move]] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same, and of each of the `compared` moves int64 (moves, classes, 2): the pixels that it shows, of which
+        the slices as they are and moved both have a class, and how many have it on each side, added up."""
+        compared = compared or {}
+        alone = total = self._forward(net_input)
         count = np.ones((*self.size, 1), np.float32)
-        for there, back in self._moves:
-            total = total + back.shown * back.apply(self._forward(there.apply_over_air(net_input)))
-            count += back.shown
-        return total / count
+        overlap = dict.fromkeys(compared)
+        # A move that serves both is made once.
+        for change, (there, back) in (self._moves | compared).items():
+            view = back.apply(self._forward(there.apply_over_air(net_input)))
+            if change in self._moves:
+                total = total + back.shown * view
+                count += back.shown
+            if change in compared:
+                shown = back.shown[..., 0] > 0
+                overlap[change] = _overlap(alone[:, shown].argmax(axis=-1), view[:, shown].argmax(axis=-1))
+        overlaps = np.array(list(overlap.values()), np.int64).reshape(-1, CLASS_COUNT, 2)
+        return (total / count if self._moves else total), overlaps
 
     def _forward(self, net_input: np.ndarray) -> np.ndarray:
         return np.asarray(self.model.predict(net_input, batch_size=self.batch_size, verbose=0), np.float32)
@@ -201,29 +297,48 @@ def _neighbouring(source: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, 
         yield np.clip(sample, 0, count - 1), np.where(inside, weight, 0).astype(np.float32)
 
 
-def check_test_time_augmentation(settings: Mapping[str, float]) -> dict[str, float]:
+def check_test_time_augmentation(settings: Mapping[str, float], section: str = SECTION) -> dict[str, float]:
     """The settings with what they leave out. Raises ValueError for one that is unknown or out of range."""
-    check_names(settings, OFF, "evaluation.test_time_augmentation")
+    check_names(settings, OFF, section)
     settings = {**OFF, **settings}
     for name, below in (("shift", 1), ("rotation_degrees", 180)):
         if not (math.isfinite(settings[name]) and 0 <= settings[name] < below):
-            raise ValueError(
-                f"evaluation.test_time_augmentation.{name} is {settings[name]}; expected 0 or more, below {below}; "
-                "0 is off."
-            )
+            raise ValueError(f"{section}.{name} is {settings[name]}; expected 0 or more, below {below}; 0 is off.")
     return settings
 
 
-def _moves(size: tuple[int, int], settings: Mapping[str, float]) -> list[tuple[_Move, _Move]]:
-    """Every change of test-time augmentation, and the one that takes it back."""
-    settings = check_test_time_augmentation(settings)
+def _moves(
+    size: tuple[int, int], settings: Mapping[str, float], section: str = SECTION
+) -> dict[Augmentation, tuple[_Move, _Move]]:
+    """Every change of test-time augmentation -> the move that makes it, and the one that takes it back."""
+    settings = check_test_time_augmentation(settings, section)
     # Whole pixels, which shift without any interpolation; a rotation is interpolated both ways, and blurs a little.
     rows, columns = (round(settings["shift"] * length) for length in size)
     widths = {"shift_rows": rows, "shift_columns": columns, "rotation_degrees": settings["rotation_degrees"]}
-    moves = []
+    moves = {}
     for name, width in widths.items():
         if width > 0:
             # Each of the two takes the other back.
-            one, other = (_Move.of(size, Augmentation(**{name: sign * width})) for sign in (1, -1))
-            moves += [(one, other), (other, one)]
+            changes = [Augmentation(**{name: sign * width}) for sign in (1, -1)]
+            one, other = (_Move.of(size, change) for change in changes)
+            moves |= zip(changes, ((one, other), (other, one)), strict=True)
     return moves
+
+
+def _overlap(alone: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """int64 (classes, 2): the pixels that have a class on both sides, and the sum of those that have it on either."""
+    both, *each = (np.bincount(c.ravel(), minlength=CLASS_COUNT) for c in (alone[alone == moved], alone, moved))
+    return np.stack([both, sum(each)], axis=-1)
+
+
+def _disagreement(overlap: np.ndarray) -> dict[str, float]:
+    """Structure -> 1 - Dice, mean over the moves; NaN for one that is nowhere.
+
+    Args:
+        overlap: int64 (moves, classes, 2), see `_overlap`.
+    """
+    by_class = {}
+    for index, name in enumerate(CLASSES[1:], start=1):
+        both, each = overlap[overlap[:, index, 1] > 0, index].T
+        by_class[name] = float(np.mean(1 - 2 * both / each)) if len(each) else np.nan
+    return by_class

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lumbarflow import evaluation, metrics, tracking
-from lumbarflow.figures import Overlay, confusion_figure, overlay_figure
+from lumbarflow import evaluation, metrics, tracking, uncertainty
+from lumbarflow.figures import Overlay, confusion_figure, overlay_figure, reliability_figure
 from lumbarflow.files import value_digest
 from lumbarflow.inference import Segmenter
 from lumbarflow.labels import CLASSES
@@ -46,13 +46,11 @@ def score_cases(
     model_input: ModelInput,
     settings: dict[str, Any],
     protocol: dict[str, Any],
-) -> tuple[
-    pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, dict, dict
-]:
+) -> tuple[Any, ...]:
     """Compare predictions with references, over the test slices.
 
-    Returns the figures by slice; by case, by class and their intervals, each twice (for machines and for people); the
-    confusion matrix; and a summary.
+    Returns the figures by slice; by case, by class, their intervals and the reliability of the probabilities, each
+    twice (for machines and for people); the confusion matrix; and a summary.
     """
     manifest = model_input.manifest
     test = manifest["sides"]["test"]
@@ -60,11 +58,16 @@ def score_cases(
     evaluated = evaluation.evaluate_cases(evaluation.predicted_cases(manifest, series, predictions), settings, ceiling)
     by_class = evaluated.by_class
     mean = metrics.mean_foreground_dice(evaluated.confusion)
+    reliability = uncertainty.reliability_table(evaluated.reliability)
+    errors = uncertainty.calibration_error(reliability)
+    told = uncertainty.entropy_dice_correlation(evaluated.by_case)
     at_pooled = by_class[by_class["scope"] == "pooled"].set_index("class")
     summary = {
         "mean_foreground_dice": mean,
         "ceiling_mean_foreground_dice": metrics.mean_foreground_dice(ceiling),
         **{f"dice_{name}": float(at_pooled.loc[name, "dice"]) for name in CLASSES},
+        **{f"calibration_error_{name}": error for name, error in errors.items()},
+        **{f"entropy_dice_correlation_{name}": correlation for name, correlation in told.items()},
         "weights": predictions.record(next(iter(test)))["model"],
         "content_hash": manifest["content_hash"],
         "test_patients": len({manifest["series"][name]["patient"] for name in test}),
@@ -80,13 +83,17 @@ def score_cases(
             "%s: Dice %.3f, IoU %.3f, ASD %.2f mm, HD95 %.2f mm (pooled)",
             *(name, row.dice, row.iou, row.asd_mm, row.hd95_mm),
         )
+        logger.info(
+            "%s: expected calibration error %.3f; rank correlation of entropy with Dice over cases %.2f",
+            *(name, errors[name], told[name]),
+        )
     logger.info(
         "mean foreground Dice %.4f over %d slices of %d test patients (pooled, native grid); "
         "the reference itself, resampled to the input size and back, has %.4f",
         *(mean, summary["test_slices"], summary["test_patients"], summary["ceiling_mean_foreground_dice"]),
     )
     confusion = {"classes": list(CLASSES), "counts": evaluated.confusion.tolist()}
-    tables = (evaluated.by_case, by_class, evaluated.intervals)
+    tables = (evaluated.by_case, by_class, evaluated.intervals, reliability)
     return (evaluated.by_slice, *(table for table in tables for _ in range(2)), confusion, summary)
 
 
@@ -119,10 +126,11 @@ def draw_figures(
     by_case: pd.DataFrame,
     model_input: ModelInput,
     confusion: dict[str, Any],
-) -> tuple[Any, Any]:
-    """Overlays of the best, the median and the worst case, and the confusion matrix."""
+    reliability: pd.DataFrame,
+) -> tuple[Any, Any, Any]:
+    """Overlays of the best, the median and the worst case, the confusion matrix, and how reliable probabilities are."""
     overlays, _ = choose_overlays(predictions, series, by_case, model_input)
-    return overlay_figure(overlays), confusion_figure(np.array(confusion["counts"]))
+    return overlay_figure(overlays), confusion_figure(np.array(confusion["counts"])), reliability_figure(reliability)
 
 
 def choose_overlays(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 
+from lumbarflow.imaging import read_volume, write_volume
 from lumbarflow.inference import Segmenter
 from lumbarflow.serving import SIGNATURE, LumbarSegmenter
 
@@ -87,8 +90,13 @@ def test_nested_lists_are_an_array_too(model, slices):
 @pytest.mark.parametrize(
     ("change", "params", "message"),
     [
-        (lambda slices: "scan.mha", {}, r"the input is a str; expected an array \(n, rows, columns\).*Read a file"),
-        (lambda slices: ["a.mha", "b.mha"], {}, r"values of type <U5; expected.*real numbers"),
+        (lambda slices: None, {}, r"the input is a NoneType; expected an array \(n, rows, columns\).*the file's path"),
+        (lambda slices: ["a.mha", 3], {}, r"values of type <U\d+; expected.*must be real"),
+        (lambda slices: slices, {"output_path": "out.mha"}, r"output_path is for volumes; expected none with an array"),
+        (lambda slices: slices, {"labels": "instances"}, r"labels is 'instances'; expected 'classes' with an array"),
+        (lambda slices: slices, {"test_time_augmentation": "yes"}, r"test_time_augmentation is 'yes'; expected one of"),
+        (lambda slices: "scan.mha", {}, r"scan.mha: no such file"),
+        (lambda slices: "scan.mha", {"labels": "both"}, r"labels is 'both'; expected one of classes, instances"),
         (lambda slices: [[[1, 2], [3]]], {}, r"a list of unequal rows; expected.*Make all slices equally large"),
         (lambda slices: slices[0], {}, r"the shape \(20, 30\); expected.*slices\[None\]"),
         (lambda slices: slices[:0], {}, r"shape \(0, 20, 30\); expected \(n, rows, columns\), none of them 0"),
@@ -121,8 +129,121 @@ def test_signature_describes_parameters_only():
     assert [(entry["name"], entry["type"], entry["default"], entry["shape"]) for entry in described] == [
         ("pixel_spacing_mm", "double", [], [-1]),
         ("output", "string", "labels", None),
+        ("labels", "string", "classes", None),
+        ("test_time_augmentation", "string", "as_evaluated", None),
+        ("output_path", "string", "", None),
+        ("overwrite", "boolean", False, None),
     ]
     assert ModelSignature.from_dict(SIGNATURE.to_dict()) == SIGNATURE
+
+
+@pytest.fixture
+def volume(make_volume):
+    """Stored neither sagittally nor along the axes."""
+    return make_volume((6, 9, 7))
+
+
+def test_a_path_gives_labels_on_the_files_own_grid(model, volume, tmp_path):
+    write_volume(volume, tmp_path / "scan.nii.gz")
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    expected = Segmenter(Bands(), SETTINGS).segment(volume)
+    for path in (str(tmp_path / "scan.nii.gz"), tmp_path / "scan.nii.gz", np.array(str(tmp_path / "scan.nii.gz"))):
+        result = model.predict(None, path)
+        assert result["labels"].dtype == np.uint8
+        np.testing.assert_array_equal(result["labels"], expected.array)
+        assert tuple(result["spacing_mm"]) == volume.spacing_mm and tuple(result["origin_mm"]) == volume.origin_mm
+        np.testing.assert_array_equal(result["direction"], volume.direction)
+        assert result["path"] == str(path)
+    # What a server answers with is JSON.
+    json.dumps(result | {"labels": result["labels"].tolist()})
+
+    probabilities = model.predict(None, path, {"output": "probabilities"})["probabilities"]
+    assert probabilities.shape == (6, 9, 7, 4) and probabilities.dtype == np.float32
+    np.testing.assert_array_equal(probabilities.argmax(axis=-1), expected.array)
+    changed = model.predict(None, path, {"output": "probabilities", "test_time_augmentation": "on"})["probabilities"]
+    assert (changed != probabilities).any()
+
+
+def test_of_several_paths_a_bad_one_keeps_no_other_from_being_segmented(model, volume, tmp_path):
+    write_volume(volume, tmp_path / "a.mha")
+    (tmp_path / "b.mha").write_bytes((tmp_path / "a.mha").read_bytes()[:-20])
+    write_volume(volume, tmp_path / "c.nrrd")
+    paths = [str(tmp_path / name) for name in ("a.mha", "b.mha", "c.nrrd")]
+    for given in (paths, tuple(map(Path, paths)), np.array(paths)):
+        first, second, third = model.predict(None, given)
+        np.testing.assert_array_equal(first["labels"], third["labels"])
+        assert second.keys() == {"path", "error"}
+        assert second["path"] == paths[1] and "b.mha" in second["error"]
+    written = model.predict(None, paths, {"output_path": str(tmp_path / "masks")})
+    assert [row.get("written") for row in written] == [
+        str(tmp_path / "masks/a_seg.mha"), None, str(tmp_path / "masks/c_seg.nrrd")
+    ]  # fmt: skip
+    np.testing.assert_array_equal(read_volume(tmp_path / "masks/c_seg.nrrd").array, first["labels"])
+    with pytest.raises(MlflowException, match=r"2 of the scans are called a.mha; expected names that differ"):
+        model.predict(None, [paths[0], paths[0]], {"output_path": str(tmp_path / "twice")})
+    (answer,) = model.predict(None, paths[:1], {"output_path": paths[2]})
+    assert re.search(r"c.nrrd is a file; expected a folder for the masks", answer["error"])
+
+
+def test_masks_are_written_where_asked_and_nothing_is_overwritten(model, volume, tmp_path):
+    write_volume(volume, tmp_path / "scan.mha")
+    scan, mask = str(tmp_path / "scan.mha"), tmp_path / "masks/mine.nii.gz"
+    result = model.predict(None, scan, {"output_path": str(mask)})
+    assert result["written"] == str(mask) and "labels" not in result
+    stored = read_volume(mask)
+    np.testing.assert_array_equal(stored.array, model.predict(None, scan)["labels"])
+    np.testing.assert_allclose(stored.direction, volume.direction, atol=1e-6)  # NIfTI's are float32
+    with pytest.raises(MlflowException, match=r"mine.nii.gz is there already; expected a new file.*overwrite=True"):
+        model.predict(None, scan, {"output_path": str(mask)})
+    model.predict(None, scan, {"output_path": str(mask), "overwrite": True, "labels": "instances"})
+    assert read_volume(mask).array.max() > 3
+    assert model.predict(None, scan, {"output_path": str(tmp_path)})["written"] == str(tmp_path / "scan_seg.mha")
+
+    target = tmp_path / "probabilities.nrrd"
+    model.predict(None, scan, {"output_path": str(target), "output": "probabilities"})
+    import SimpleITK as sitk
+
+    image = sitk.ReadImage(str(target))
+    np.testing.assert_array_equal(
+        sitk.GetArrayFromImage(image), model.predict(None, scan, {"output": "probabilities"})["probabilities"]
+    )
+    np.testing.assert_allclose(image.GetSpacing(), volume.spacing_mm)
+
+
+def test_a_folder_with_one_dicom_series_is_a_volume(model, make_dicom, make_volume, tmp_path):
+    volume = make_volume((5, 9, 7))
+    make_dicom(tmp_path / "exam", volume)
+    result = model.predict(None, str(tmp_path / "exam"), {"output_path": str(tmp_path / "masks")})
+    assert Path(result["written"]).name == "exam_1_seg.nii.gz"
+    expected = Segmenter(Bands(), SETTINGS).segment(volume)
+    np.testing.assert_array_equal(read_volume(result["written"]).array, expected.array)
+
+
+def test_a_server_touches_no_file_outside_its_folder(model, volume, tmp_path, monkeypatch):
+    allowed, outside = tmp_path / "allowed", tmp_path / "outside"
+    write_volume(volume, outside / "scan.mha")
+    write_volume(volume, allowed / "scan.mha")
+    (allowed / "link.mha").symlink_to(outside / "scan.mha")
+    monkeypatch.setenv("__pyfunc_model_path__", "as MLflow's server has it")
+    with pytest.raises(MlflowException, match=r"this server reads and writes no files; .*set LUMBARFLOW_ALLOWED_FOLDER"):
+        model.predict(None, str(allowed / "scan.mha"))
+    monkeypatch.setenv("LUMBARFLOW_ALLOWED_FOLDER", str(allowed))
+    assert model.predict(None, str(allowed / "scan.mha"))["labels"].shape == (6, 9, 7)
+    for path in (outside / "scan.mha", allowed / "../outside/scan.mha", allowed / "link.mha", outside / "none.mha", "/"):
+        with pytest.raises(MlflowException, match="is not in the allowed folder; expected a path in"):
+            model.predict(None, str(path))
+        (answer,) = model.predict(None, [str(path)])
+        assert "is not in the allowed folder" in answer["error"]
+    for target in (outside / "mask.mha", outside, allowed / "../mask.mha"):
+        with pytest.raises(MlflowException, match="is not in the allowed folder"):
+            model.predict(None, str(allowed / "scan.mha"), {"output_path": str(target)})
+    # A link below the allowed folder must not lead a mask out of it either.
+    (allowed / "out").symlink_to(outside)
+    with pytest.raises(MlflowException, match="is not in the allowed folder"):
+        model.predict(None, str(allowed / "scan.mha"), {"output_path": str(allowed / "out")})
+    assert sorted(path.name for path in outside.iterdir()) == ["scan.mha"]
+    inside = model.predict(None, str(allowed / "scan.mha"), {"output_path": str(allowed)})
+    assert Path(inside["written"]).is_file()
 
 
 def test_importing_it_loads_no_heavy_library():

@@ -2,6 +2,7 @@
 
 from lumbarflow.datasets.model import FolderDataset, KerasModelDataset, ModelInputDataset
 from lumbarflow.datasets.nnunet import NnunetDataset
+from lumbarflow.datasets.prediction import PredictionFolderDataset, RegisteredModelDataset, ScanFolderDataset
 from lumbarflow.datasets.series_store import SeriesStoreDataset, SyntheticCohortDataset
 from lumbarflow.datasets.tables import OptionalCSVDataset
 from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeDataset
@@ -14,6 +15,9 @@ __all__ = [
     "ModelInputDataset",
     "NnunetDataset",
     "OptionalCSVDataset",
+    "PredictionFolderDataset",
+    "RegisteredModelDataset",
+    "ScanFolderDataset",
     "SeriesStoreDataset",
     "SyntheticCohortDataset",
     "VolumeDataset",

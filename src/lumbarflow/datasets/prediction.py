@@ -1,0 +1,110 @@
+"""What prediction reads and writes, as Kedro datasets: a folder of scans, a registered model, a folder of masks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset, DatasetError
+
+from lumbarflow.prediction import PredictionFolder
+from lumbarflow.scans import ScanSource, find_scans
+from lumbarflow.store import Work
+
+
+
+logger = logging.getLogger(__name__)
+
+
+class ScanFolderDataset(AbstractDataset[None, list[ScanSource]]):
+    """Every scan below a folder, volume files and DICOM series; their voxels are read when they are needed.
+
+    YAML:
+        scans:
+          type: lumbarflow.datasets.ScanFolderDataset
+          path: data/01_raw/scans
+          without: data/07_model_output/scans
+
+    Args:
+        path: the folder.
+        without: a folder below it that holds outputs, no scans.
+    """
+
+    def __init__(self, *, path: str, without: str | None = None, metadata: dict[str, Any] | None = None):
+        self._path = Path(path)
+        self._without = Path(without) if without else None
+        self.metadata = metadata
+
+    def load(self) -> list[ScanSource]:
+        found = find_scans(self._path, self._without)
+        for what, number in found.passed_over.items():
+            logger.info("%s: passed over %d %s", self._path, number, what)
+        return found
+
+    def save(self, data: None) -> None:
+        raise DatasetError(f"{self._path}: scans are only read here")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path)}
+
+    def _exists(self) -> bool:
+        return self._path.is_dir()
+
+
+class PredictionFolderDataset(AbstractDataset[Mapping[str, Work], PredictionFolder]):
+    """The folder of masks (see `lumbarflow.prediction`); saving does only the work that is outdated.
+
+    YAML:
+        segmentations:
+          type: lumbarflow.datasets.PredictionFolderDataset
+          path: data/07_model_output/scans
+    """
+
+    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> PredictionFolder:
+        return PredictionFolder(self._path)
+
+    def save(self, data: Mapping[str, Work]) -> None:
+        PredictionFolder(self._path).update(data, "predict", keep_others=True)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path)}
+
+    def _exists(self) -> bool:
+        return bool(PredictionFolder(self._path).series())
+
+
+class RegisteredModelDataset(AbstractDataset[None, Any]):
+    """A model of MLflow's registry, ready to segment: a `registry.RegisteredModel`.
+
+    YAML:
+        registered_model:
+          type: lumbarflow.datasets.RegisteredModelDataset
+          model_uri: models:/lumbar-unet@champion
+
+    Args:
+        model_uri: `models:/<name>@<alias>` or `models:/<name>/<version>`.
+    """
+
+    def __init__(self, *, model_uri: str, metadata: dict[str, Any] | None = None):
+        self._model_uri = model_uri
+        self.metadata = metadata
+
+    def load(self) -> Any:
+        from lumbarflow import registry
+
+        return registry.pull(self._model_uri)
+
+    def save(self, data: None) -> None:
+        raise DatasetError(f"{self._model_uri}: models are registered by kedro run --pipeline=register")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"model_uri": self._model_uri}
+
+    def _exists(self) -> bool:
+        return True  # told by the registry when it is asked

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,3 +43,188 @@ def make_pair(make_volume) -> Callable[..., tuple[Volume, LabelMap]]:
         return make_volume(shape, **geometry), make_volume(shape, kind=LabelMap, dtype=np.uint8, values=ids, **geometry)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_dicom() -> MakeDicom:
+    """Factory of synthetic DICOM series: see MakeDicom."""
+    return MakeDicom()
+
+
+class MakeDicom:
+    """Writes a Volume as a DICOM series and returns its files in the order of the volume's slices.
+
+    `make_dicom(folder, volume)` writes one MR Image Storage file per slice of the array's first axis, named
+    IM0001.dcm on. Stored values are the array's (uint8, int16 or uint16, unchanged). Positions are exact up to
+    DICOM's 16 characters; a reader that orders slices along cross(row, column) turns left-handed volumes over.
+
+    Arguments:
+        enhanced: one Enhanced MR file instead, IM0001.dcm, with a frame per slice.
+        modality, series: the Modality tag (an enhanced file or not, the SOP class stays MR's); the number of the
+            series, from which its UID comes. All series are of one study.
+        transfer_syntax: "explicit", "implicit", "deflated", "rle", "jpeg" (lossless), "jpeg2000" (lossless) or
+            "jpegls". The JPEG ones need slices of 32 x 32 at least.
+        missing, duplicate: numbers of slices left out; of one slice written twice (as a second echo would be).
+        shuffled: file names (or frames) in another order than the slices.
+        rescale: one (slope, intercept) for all slices, or one for each; not written if None.
+        edit: called with each dataset and the number of its slice (None: the enhanced file) before it is written.
+
+    Every file carries `identifiers`, fake names and numbers that must not turn up anywhere else; UIDs start with
+    `uid_root`, which is one of them. To truncate a file, cut its bytes.
+    """
+
+    uid_root = "1.2.826.0.1.3680043.8.498.47114711"
+    patient = {
+        "PatientName": "Leakova^Ivana", "PatientID": "LEAK-4711", "PatientBirthDate": "19471104", "PatientSex": "F",
+        "AccessionNumber": "ACC471147", "StudyID": "STU4711", "StudyDate": "20471104", "StudyTime": "114711",
+        "StudyDescription": "Leaky study", "SeriesDescription": "Leaky series", "InstitutionName": "Leak General",
+        "ReferringPhysicianName": "Leakmann^Igor", "SeriesDate": "20471104", "StationName": "LEAKSTATION",
+    }  # fmt: skip
+    identifiers = (*(part for value in patient.values() for part in value.split("^") if part != "F"), uid_root)
+
+    def __call__(
+        self, folder: Path, volume: Volume, *, enhanced=False, modality="MR", series=1, transfer_syntax="explicit",
+        missing=(), duplicate=None, shuffled=False, rescale=None, edit=lambda dataset, k: None,
+    ) -> list[Path]:  # fmt: skip
+        count = len(volume.array)
+        written = [k for k in range(count) if k not in missing] + ([] if duplicate is None else [duplicate])
+        if rescale is not None and not isinstance(rescale[0], tuple):
+            rescale = [rescale] * count
+        order = np.roll(range(len(written)), shuffled)  # of three or more: not its own inverse either
+        numbers = {place: int(number) + 1 for place, number in enumerate(order)}
+        folder.mkdir(parents=True, exist_ok=True)
+        if enhanced:
+            path = folder / "IM0001.dcm"
+            frames = [written[place] for place in sorted(numbers, key=numbers.get)]
+            dataset = self._enhanced(volume, frames, modality, series, rescale)
+            edit(dataset, None)
+            self._save(dataset, path, transfer_syntax)
+            return [path]
+        paths = []
+        for place, k in enumerate(written):
+            paths.append(folder / f"IM{numbers[place]:04d}.dcm")
+            dataset = self._single(volume, k, f"{series}.{place + 1}", modality, series, rescale)
+            edit(dataset, k)
+            self._save(dataset, paths[-1], transfer_syntax)
+        return paths
+
+    def _header(self, array: np.ndarray, instance: str, sop_class: str, modality: str, series: int):
+        from pydicom.dataset import Dataset, FileMetaDataset
+
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = sop_class
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"{self.uid_root}.3.{instance}"
+        for keyword, value in self.patient.items():
+            setattr(dataset, keyword, value)
+        dataset.StudyInstanceUID = f"{self.uid_root}.1"
+        dataset.SeriesInstanceUID = f"{self.uid_root}.2.{series}"
+        dataset.FrameOfReferenceUID = f"{self.uid_root}.4"
+        dataset.PositionReferenceIndicator = ""
+        dataset.SeriesNumber, dataset.InstanceNumber = series, int(instance.split(".")[-1])
+        dataset.Modality, dataset.Manufacturer = modality, "Synthetic"
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "M", "SE"]
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.Rows, dataset.Columns = array.shape[-2:]
+        bits = array.dtype.itemsize * 8
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+        dataset.PixelRepresentation = int(array.dtype.kind == "i")
+        dataset["PixelData"] = self._pixels(array)
+        return dataset
+
+    @staticmethod
+    def _pixels(array: np.ndarray):
+        from pydicom.dataelem import DataElement
+
+        assert array.dtype in (np.uint8, np.int16, np.uint16), array.dtype
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        return DataElement(0x7FE00010, "OB" if array.itemsize == 1 else "OW", data + b"\0" * (len(data) % 2))
+
+    def _single(self, volume, k, instance, modality, series, rescale):
+        dataset = self._header(volume.array[k], instance, "1.2.840.10008.5.1.4.1.1.4", modality, series)
+        self._place(volume, k, dataset, dataset)
+        self._measures(volume, dataset)
+        if rescale is not None:
+            dataset.RescaleSlope, dataset.RescaleIntercept = rescale[k]
+            dataset.RescaleType = "US"
+        return dataset
+
+    def _enhanced(self, volume, frames, modality, series, rescale):
+        from pydicom.dataset import Dataset
+
+        array = volume.array[frames]
+        dataset = self._header(array, f"{series}.1", "1.2.840.10008.5.1.4.1.1.4.1", modality, series)
+        dataset.NumberOfFrames = len(frames)
+        shared, orientation, measures = Dataset(), Dataset(), Dataset()
+        self._measures(volume, measures)
+        shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+        dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], []
+        for k in frames:
+            position, content, groups = Dataset(), Dataset(), Dataset()
+            self._place(volume, k, position, orientation)
+            content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", k + 1, [1, k + 1]
+            groups.PlanePositionSequence, groups.FrameContentSequence = [position], [content]
+            if rescale is not None:
+                values = Dataset()
+                values.RescaleSlope, values.RescaleIntercept = rescale[k]
+                values.RescaleType = "US"
+                groups.PixelValueTransformationSequence = [values]
+            dataset.PerFrameFunctionalGroupsSequence.append(groups)
+        return dataset
+
+    @staticmethod
+    def _place(volume, k, position, orientation):
+        position.ImagePositionPatient = _decimals(volume.physical_point([0, 0, k]))
+        orientation.ImageOrientationPatient = _decimals(volume.direction[:, :2].T.ravel())
+
+    @staticmethod
+    def _measures(volume, dataset):
+        x, y, z = volume.spacing_mm
+        dataset.PixelSpacing = _decimals([y, x])  # between rows, between columns
+        dataset.SliceThickness = _decimals([0.9 * z])[0]  # scanners leave a gap: the spacing is another number
+
+    def _save(self, dataset, path, transfer_syntax):
+        from pydicom import uid
+
+        syntaxes = {
+            "explicit": uid.ExplicitVRLittleEndian, "implicit": uid.ImplicitVRLittleEndian, "rle": uid.RLELossless,
+            "deflated": uid.DeflatedExplicitVRLittleEndian, "jpeg": uid.JPEGLosslessSV1,
+            "jpeg2000": uid.JPEG2000Lossless, "jpegls": uid.JPEGLSLossless,
+        }  # fmt: skip
+        dataset.file_meta.TransferSyntaxUID = syntaxes["explicit"]
+        if transfer_syntax in ("rle", "jpegls"):
+            dataset.compress(syntaxes[transfer_syntax], generate_instance_uid=False)
+        dataset.file_meta.TransferSyntaxUID = syntaxes[transfer_syntax]
+        if transfer_syntax in ("jpeg", "jpeg2000"):
+            self._compress(dataset, transfer_syntax.upper())
+        dataset.save_as(path, enforce_file_format=True)
+
+    @staticmethod
+    def _compress(dataset, compressor):
+        """pydicom has no encoder of its own for these; SimpleITK's has."""
+        import pydicom
+        import SimpleITK as sitk
+        from pydicom.encaps import encapsulate, get_frame
+
+        assert min(dataset.Rows, dataset.Columns) >= 32, "GDCM's JPEG 2000 encoder crashes on less"
+        dtype = np.dtype(f"<{'i' if dataset.PixelRepresentation else 'u'}{dataset.BitsAllocated // 8}")
+        shape = (-1, dataset.Rows, dataset.Columns)
+        frames = []
+        with tempfile.TemporaryDirectory() as folder:
+            for frame in np.frombuffer(dataset.PixelData, dtype, -1).reshape(shape):
+                file = f"{folder}/frame.dcm"
+                writer = sitk.ImageFileWriter()
+                writer.SetImageIO("GDCMImageIO")
+                writer.SetCompressor(compressor)
+                writer.UseCompressionOn()
+                writer.SetFileName(file)
+                writer.Execute(sitk.GetImageFromArray(frame[None]))
+                frames.append(get_frame(pydicom.dcmread(file).PixelData, 0, number_of_frames=1))
+        dataset["PixelData"].value = encapsulate(frames)
+        dataset["PixelData"].is_undefined_length = True
+
+
+def _decimals(values) -> list:
+    from pydicom.valuerep import DSfloat
+
+    return [DSfloat(float(value), auto_format=True) for value in values]

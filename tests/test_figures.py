@@ -15,11 +15,16 @@ from lumbarflow.figures import (
     colour_labels,
     comparison_figure,
     confusion_figure,
+    measurement_figure,
     overlay_figure,
     png,
+    reliability_figure,
     training_curves,
 )
+from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
 from lumbarflow.labels import CLASSES, PALETTE
+from lumbarflow.measurements import Measurement
+from lumbarflow.uncertainty import BINS, reliability_table
 
 
 def test_labels_take_the_palettes_colours_and_background_is_clear():
@@ -160,13 +165,93 @@ def test_a_comparison_without_a_dice_is_refused(comparison):
         comparison_figure(comparison.assign(dice=np.nan))
 
 
-def test_figures_become_the_same_png_without_a_warning(history, by_case, comparison):
+@pytest.fixture
+def reliability():
+    """Vertebrae in two bins and discs in one; no canal."""
+    counts = np.zeros((3, BINS, 3))
+    counts[0, 2], counts[0, 9], counts[2, 5] = (10, 2.5, 4), (30, 28.5, 24), (1, 0.5, 0)
+    return reliability_table(counts)
+
+
+def test_reliability_is_drawn_against_what_can_be_believed(reliability):
+    figure = reliability_figure(reliability)
+    vertebrae, canal, disc, *pixels = figure.axes
+    believed, curve = vertebrae.lines
+    assert (list(believed.get_xdata()), list(believed.get_ydata())) == ([0, 1], [0, 1])
+    np.testing.assert_allclose(curve.get_xdata(), [0.25, 0.95])
+    np.testing.assert_allclose(curve.get_ydata(), [0.4, 0.8])
+    assert (curve.get_color(), curve.get_marker()) == (PALETTE["vertebrae"], "o")
+    # 10 pixels are 0.15 off, 30 the other way.
+    assert vertebrae.get_title() == "vertebrae: calibration error 0.150"
+    assert canal.get_title() == "canal: no probabilities"
+    assert [len(axis.lines) for axis in (canal, disc)] == [1, 2]
+    bars = [(bar.get_x(), round(bar.get_width(), 6), bar.get_height()) for bar in pixels[0].patches]
+    assert bars == [(0.2, 0.1, 10), (0.9, 0.1, 30)]
+    assert pixels[0].get_yscale() == "log"
+
+
+@pytest.fixture
+def measured():
+    """A scan of 3 slices, 8 rows, 10 columns, with a disc and its canal; chords by hand, in its middle slice."""
+    array = np.zeros((3, 8, 10), np.uint8)
+    array[:, 3:5, 1:6], array[:, :, 7:9] = 201, 100
+    instances = LabelMap(array, (1.0, 2.0, 4.0), (5.0, 6.0, 7.0), SAGITTAL_AXES[::-1].T)
+    image = Volume(np.arange(240.0).reshape(3, 8, 10), instances.spacing_mm, instances.origin_mm, instances.direction)
+
+    def chord(quantity, value, *ends):
+        return Measurement(
+            "disc", 1, quantity, value, "mm", tuple(tuple(instances.physical_point(e)) for e in ends), ""
+        )
+
+    lines = [tuple(tuple(instances.physical_point((x, row, 1))) for x in (1, 6)) for row in (0, 6)]
+    return image, instances, [
+        chord("height_middle", 4.04, (3, 4.5, 1), (3, 2.5, 1)),
+        chord("depth", 5.0, (0.5, 3.5, 1), (5.5, 3.5, 1)),
+        chord("canal_ap", 2.0, (6.5, 3.5, 1.2), (8.5, 3.5, 1.2)),
+        Measurement("disc", 2, "depth", np.nan, "mm", (), "cut by the image's edge"),
+        Measurement("spine", None, "lordosis", 33.33, "degrees", tuple(lines), "L3 to L5"),
+    ]  # fmt: skip
+
+
+def test_chords_lie_in_the_slice_they_were_taken_in_with_their_values_beside(measured):
+    image, instances, found = measured
+    (axis,) = measurement_figure(image, instances, found).axes
+    np.testing.assert_array_equal(axis.images[0].get_array(), image.array[1])
+    assert axis.get_aspect() == 2.0
+    drawn = [np.stack(line.get_data(), axis=1).round(6).tolist() for line in axis.lines]
+    assert drawn == [
+        [[3, 4.5], [3, 2.5]], [[0.5, 3.5], [5.5, 3.5]], [[6.5, 3.5], [8.5, 3.5]], [[1, 0], [6, 0]], [[1, 6], [6, 6]],
+    ]  # fmt: skip
+    assert [line.get_linestyle() for line in axis.lines] == ["-", "--", ":", "-.", "-."]
+    assert [text.get_text() for text in axis.texts] == ["disc 1:  4.0  |  5.0", "2.0"]
+    assert axis.texts[0].get_position()[1] == pytest.approx(3.5)
+    title = axis.get_title("left")
+    assert title.startswith("lordosis 33.3°: L3 to L5\n") and title.endswith("not measured: 1")
+    outlines = {to_rgb(c.get_edgecolor()[0]) for c in axis.collections}
+    assert outlines == {to_rgb(PALETTE["IVD"]), to_rgb(PALETTE["canal"])}
+
+
+def test_with_nothing_measured_the_slice_with_most_labels_is_shown(measured):
+    image, instances, _ = measured
+    array = instances.array.copy()
+    array[2, :, :] = 100
+    (axis,) = measurement_figure(image, instances.with_array(array), []).axes
+    np.testing.assert_array_equal(axis.images[0].get_array(), image.array[2])
+    with pytest.raises(ValueError, match=r"an image of \(10, 8, 3\) voxels and labels of \(10, 8, 2\); expected one"):
+        small = LabelMap(array[:2], instances.spacing_mm, instances.origin_mm, instances.direction)
+        measurement_figure(image, small, [])
+
+
+def test_figures_become_the_same_png_without_a_warning(history, by_case, comparison, reliability, measured):
     # One epoch is what a model that is not trained by gradient has.
     draw = [
         lambda: training_curves(history.iloc[:1]),
         lambda: case_distribution(by_case, ("dice",)),
         lambda: comparison_figure(comparison),
         lambda: confusion_figure(np.diag([8, 2, 5, 0])),
+        lambda: measurement_figure(*measured),
+        lambda: reliability_figure(reliability),
+        lambda: reliability_figure(reliability_table(np.zeros((3, BINS, 3)))),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import os
 import pickle
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumbarflow import imaging
 from lumbarflow.imaging import (
     SAGITTAL_AXES,
     VOLUME_SUFFIXES,
@@ -22,12 +25,14 @@ from lumbarflow.imaging import (
     Orientation,
     Volume,
     VolumeError,
+    check_image,
     geometry_differences,
     read_volume,
     sagittal_orientation,
     split_volume_name,
     to_sagittal,
     volume_files,
+    write_channels,
     write_volume,
 )
 
@@ -366,7 +371,7 @@ def test_files_without_a_volume_are_errors(tmp_path, capfd, suffix, content):
     path = tmp_path / f"1_t2{suffix}"
     path.write_bytes(content)
     with pytest.raises(
-        VolumeError, match=r"1_t2\S+: (no (MetaImage|NIfTI-1) header|it cannot be read \(.+\)); expected"
+        VolumeError, match=r"1_t2\S+: (no (MetaImage|NIfTI-1|NRRD) header|it cannot be read \(.+\)); expected"
     ):
         read_volume(path)
     assert capfd.readouterr() == ("", "")
@@ -385,8 +390,9 @@ def test_an_absent_file_is_an_error(tmp_path, suffix):
         ((37, 49), "2 dimensions; expected 3"),
         ((2, 5, 7, 9), "4 dimensions; expected 3"),
         ((5, 7, 9, 3), "3 values per voxel; expected 1"),
+        ((7, 9, 3), "2 dimensions; expected 3"),
     ],
-    ids=["2-D", "4-D", "colour"],
+    ids=["2-D", "4-D", "colour", "2-D colour"],
 )
 def test_other_dimensions_and_colours_are_errors(tmp_path, suffix, shape, message):
     path = store(np.ones(shape, np.uint8), tmp_path / f"1_t2{suffix}")
@@ -489,3 +495,250 @@ def test_nifti_voxels_that_are_not_finite_are_found_before_itk_makes_them_0(tmp_
     write_volume(volume, path)
     with pytest.raises(VolumeError, match=r"voxels that aren't finite; expected finite numbers"):
         read_volume(path)
+
+
+# --- the geometry that a header states --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """Factory of an uncompressed file of spacing 0.5, 0.75, 4 mm along x, y, z and axes that run along LPS."""
+
+    def make(suffix):
+        volume = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), (0.5, 0.75, 4.0), (1, 2, 3), np.eye(3))
+        path = tmp_path / f"1_t2{suffix}"
+        write_volume(volume, path)
+        image = sitk.ReadImage(str(path))
+        sitk.WriteImage(image, str(path), useCompression=False)
+        return path
+
+    return make
+
+
+def replace_text(path, old, new):
+    content = path.read_bytes()
+    assert content.count(old.encode()) == 1
+    path.write_bytes(content.replace(old.encode(), new.encode()))
+
+
+def pack(path, *fields):
+    """Overwrite fields of a NIfTI header: (offset, struct's format, values)."""
+    content = bytearray(path.read_bytes())
+    for offset, form, *values in fields:
+        struct.pack_into("<" + form, content, offset, *values)
+    path.write_bytes(content)
+
+
+# What ITK makes of them: an error for some, for others 1 mm, or a turned axis.
+NO_LENGTHS = ["0", "-0.75", "nan", "inf"]
+
+
+@pytest.mark.parametrize("value", [*NO_LENGTHS, "wide"])
+@pytest.mark.parametrize("suffix", [".mha", ".mhd"])
+@pytest.mark.parametrize("key", ["ElementSpacing", "ElementSize"])
+def test_a_metaimage_whose_spacing_is_none_is_an_error(plain, capfd, suffix, value, key):
+    path = plain(suffix)
+    replace_text(path, "ElementSpacing = 0.5 0.75 4", f"{key} = 0.5 {value} 4")
+    shown = "nan" if value == "wide" else value
+    with pytest.raises(
+        VolumeError, match=rf"1_t2{suffix}: spacing 0.5 {shown} 4 mm; expected positive lengths. Correct"
+    ):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", NO_LENGTHS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 1), (0, 0)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_nifti_file_whose_spacing_is_none_is_an_error(plain, capfd, value, axis, codes, packed):
+    path = plain(".nii")
+    pack(path, (80 + 4 * axis, "f", float(value)), (252, "2h", *codes))
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    shown = ["0.5", "0.75", "4"]
+    shown[axis] = value
+    with pytest.raises(VolumeError, match=rf"1_t2.nii: spacing {' '.join(shown)} mm; expected positive lengths"):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("space directions: (0.5,0,0) (0,0,0) (0,0,4)", "spacing 0.5 0 4 mm"),
+        ("space directions: (0.5,0,0) (0,nan,nan) (0,0,4)", "spacing 0.5 nan 4 mm"),
+        ("space directions: (0.5,0,0) none (0,0,4)", "spacing 0.5 nan 4 mm"),
+        ("spacings: 0.5 0 4", "spacing 0.5 0 4 mm"),
+        ("spacings: 0.5 -0.75 4", "spacing 0.5 -0.75 4 mm"),
+        ("spacings: 0.5 nan 4", "spacing 0.5 nan 4 mm"),
+    ],
+)
+def test_an_nrrd_file_whose_spacing_is_none_is_an_error(plain, capfd, line, found):
+    path = plain(".nrrd")
+    replace_text(path, "space directions: (0.5,0,0) (0,0.75,0) (0,0,4)", line)
+    with pytest.raises(VolumeError, match=rf"1_t2.nrrd: {found}; expected positive lengths"):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "suffix, old, new",
+    [
+        (".mha", "ElementSpacing = 0.5 0.75 4\n", ""),
+        (".mhd", "ElementSpacing = 0.5 0.75 4\n", ""),
+        (".nrrd", "space directions: (0.5,0,0) (0,0.75,0) (0,0,4)\n", ""),
+    ],
+)
+def test_a_spacing_that_is_missing_is_an_error(plain, suffix, old, new):
+    path = plain(suffix)
+    replace_text(path, old, new)
+    with pytest.raises(VolumeError, match=rf"1_t2{suffix}: no spacing; expected positive lengths"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(
+    "suffix, old, new, found",
+    [
+        (".mha", "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", "", "no TransformMatrix"),
+        (".nrrd", "space directions: (0.5,0,0) (0,0.75,0) (0,0,4)", "spacings: 0.5 0.75 4", "no space directions"),
+        (".nrrd", "space: left-posterior-superior", "space dimension: 3", "directions in a space without a name"),
+        (".nrrd", "space: left-posterior-superior", "space: scanner-xyz", "directions in the space 'scanner-xyz'"),
+    ],
+)
+def test_axes_whose_directions_nobody_states_are_an_error(plain, suffix, old, new, found):
+    path = plain(suffix)
+    replace_text(path, old, new)
+    with pytest.raises(VolumeError, match=rf"1_t2{suffix}: {found}; expected a geometry that tells how"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(
+    "fields, found",
+    [
+        ([(252, "2h", 0, 0)], r"no orientation \(qform_code 0, sform_code 0\)"),
+        ([(252, "2h", -1, 0)], r"no orientation \(qform_code -1, sform_code 0\)"),
+        ([(254, "h", 0), (256, "f", math.nan)], "an orientation that isn't finite"),
+        ([(252, "h", 0), (280, "f", math.inf)], "an orientation that isn't finite"),
+        ([(252, "h", 0), (84, "f", 9.0)], "a spacing of 0.5 9 4 mm beside an sform of 0.5 0.75 4 mm"),
+        ([(252, "h", 0), (280, "12f", *[0] * 12)], "a spacing of 0.5 0.75 4 mm beside an sform of 0 0 0 mm"),
+    ],
+)
+def test_a_nifti_file_without_a_sound_orientation_is_an_error(plain, capfd, fields, found):
+    path = plain(".nii")
+    pack(path, *fields)
+    with pytest.raises(VolumeError, match=rf"1_t2.nii: {found}; expected a geometry that tells how"):
+        read_volume(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(252, "h", 0)],
+        [(254, "h", 0), (280, "12f", *[math.nan] * 12)],
+        [(252, "h", 0), (256, "6f", *[math.nan] * 6)],
+        [(254, "h", 4), (280, "12f", *[-0.6, 0.3, 0, 0, 0, -0.8, 0, 0, 0, 0, 5, 0])],  # affine, to an atlas
+    ],
+    ids=["sform", "qform", "sform beside rubbish", "atlas"],
+)
+def test_one_sound_orientation_is_enough(plain, fields):
+    path = plain(".nii")
+    pack(path, *fields)
+    volume = read_volume(path)
+    assert volume.spacing_mm == (0.5, 0.75, 4)
+    np.testing.assert_allclose(volume.direction, np.eye(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["right-anterior-superior", "RAS", "LAS", "lps", "Left-Posterior-Superior"])
+def test_an_nrrd_file_may_use_any_space_of_the_patient(plain, space):
+    path = plain(".nrrd")
+    replace_text(path, "space: left-posterior-superior", f"space: {space}")
+    signs = [1 if letter in "LPlp" else -1 for letter in (space[0], "P" if "ost" in space or space[1] in "Pp" else "A")]
+    assert np.array_equal(read_volume(path).direction, np.diag([*signs, 1]))
+
+
+def test_a_turned_axis_of_an_nrrd_file_is_no_negative_spacing(plain):
+    path = plain(".nrrd")
+    replace_text(path, "(0,0.75,0)", "(0,-0.75,0)")
+    volume = read_volume(path)
+    assert volume.spacing_mm == (0.5, 0.75, 4) and np.array_equal(volume.direction, np.diag([1, -1, 1]))
+
+
+def test_a_nifti_file_of_one_time_point_is_a_volume_and_of_two_is_not(plain):
+    path = plain(".nii")
+    expected = read_volume(path).array
+    pack(path, (40, "8h", 4, 5, 4, 3, 1, 1, 1, 1))
+    assert np.array_equal(read_volume(path).array, expected)
+    pack(path, (40, "8h", 4, 5, 4, 1, 3, 1, 1, 1))
+    with pytest.raises(VolumeError, match="1_t2.nii: 4 dimensions; expected 3. Export the series as one 3-D volume"):
+        read_volume(path)
+
+
+def test_a_volume_that_would_not_fit_in_memory_is_an_error(plain, monkeypatch):
+    path = plain(".mha")
+    monkeypatch.setattr(imaging, "_MOST_VOXELS", 60)
+    read_volume(path)
+    monkeypatch.setattr(imaging, "_MOST_VOXELS", 59)
+    with pytest.raises(VolumeError, match="1_t2.mha: 5 x 4 x 3 voxels; expected at most 59, what fits in memory. Crop"):
+        read_volume(path)
+
+
+# --- what every image must fulfil -------------------------------------------------------------------------------------
+
+
+def test_an_image_is_checked_whatever_it_came_from(make_volume):
+    check_image("1_t2", make_volume())
+    for mirrored in AXIS_ALIGNED[::5]:
+        check_image("1_t2", make_volume(direction=np.round(rotation(0.3, -0.2, 0.5), 6) @ mirrored))
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ({"spacing_mm": (0.5, 0, 4)}, "spacing 0.5 0 4 mm; expected positive lengths"),
+        ({"spacing_mm": (0.5, -0.75, 4)}, "spacing 0.5 -0.75 4 mm; expected positive lengths"),
+        ({"spacing_mm": (0.5, 0.75, np.nan)}, "spacing 0.5 0.75 nan mm; expected positive lengths"),
+        ({"spacing_mm": (np.inf, 0.75, 4)}, "spacing inf 0.75 4 mm; expected positive lengths"),
+        (
+            {"direction": [[1, 0, 0], [0, 1, 0.002], [0, 0, 1]]},
+            r"a sheared or scaled grid \(direction 1 0 0 0 1 0.002 0 0 1\); expected axes at right angles",
+        ),
+        (
+            {"direction": np.diag([1, 1.002, 1])},
+            r"a sheared or scaled grid \(.*1.002.*\); expected axes at right",
+        ),
+        ({"direction": np.diag([1, 0, 1])}, "a sheared or scaled grid"),
+        ({"direction": np.full((3, 3), np.nan)}, "a sheared or scaled grid"),
+        ({"values": np.full((4, 6, 5), 7)}, "the constant value 7; expected an image with contrast"),
+        ({"values": [[[1.0, np.nan, -np.inf]]], "dtype": np.float32}, "2 voxels that aren't finite; expected finite"),
+    ],
+)
+def test_an_image_that_nobody_can_use_is_an_error(make_volume, what, message):
+    with pytest.raises(VolumeError, match=f"^1_t2: {message}"):
+        check_image("1_t2", make_volume(**what))
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_a_sheared_file_is_known_by_the_check(plain, suffix):
+    path = plain(suffix)
+    if suffix == ".mha":
+        replace_text(path, "TransformMatrix = 1 0 0 0 1 0 0 0 1", "TransformMatrix = 1 0 0 0 1 0 0 0.5 1")
+    else:
+        replace_text(path, "(0,0.75,0)", "(0.2,0.75,0)")
+    with pytest.raises(VolumeError, match="1_t2: a sheared or scaled grid"):
+        check_image("1_t2", read_volume(path))
+
+
+def test_channels_are_written_on_a_volumes_grid(make_volume, tmp_path):
+    import SimpleITK as sitk
+
+    grid = make_volume((3, 5, 4))
+    values = np.random.default_rng(0).random((3, 5, 4, 2), np.float32)
+    write_channels(values, grid, tmp_path / "p.mha")
+    image = sitk.ReadImage(str(tmp_path / "p.mha"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), values)
+    assert image.GetSpacing() == grid.spacing_mm and image.GetOrigin() == grid.origin_mm
+    assert image.GetDirection() == tuple(grid.direction.ravel())
+    with pytest.raises(ValueError, match=r"holds arrays of shape \(3, 5, 4\) and channels, not \(5, 3, 4, 2\)"):
+        write_channels(values.transpose(1, 0, 2, 3), grid, tmp_path / "q.mha")

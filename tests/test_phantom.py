@@ -441,6 +441,24 @@ def test_lengths_and_angles_are_those_of_adults(plans):
     assert [disc["level"] for disc in known["discs"][:2]] == ["L5/S1", "L4/L5"]
 
 
+def test_the_tilt_of_an_endplate_lifts_its_posterior_end(plans):
+    known = phantom.anatomy(plans[0], SETTINGS)
+    lowest, top = known["vertebrae"][0], known["vertebrae"][4]
+    # The drawn endplate of L1, which runs from anterior to posterior.
+    anterior, posterior = known["endplates"]["L1"]
+    slope = math.degrees(math.atan2(posterior[2] - anterior[2], posterior[1] - anterior[1]))
+    assert top["upper_tilt_deg"] == pytest.approx(slope, abs=0.01)
+    assert lowest["lower_tilt_deg"] > 0 > top["upper_tilt_deg"]
+    for vertebra in known["vertebrae"]:
+        # What the endplates lean against each other is what the front of the body is higher, over 0.7 of its depth.
+        front, back = vertebra["body_height_anterior"], vertebra["body_height_posterior"]
+        apart = math.dist(*(np.add(chord["from"], chord["to"]) / 2 for chord in (front, back)))
+        wedge = 2 * math.degrees(math.atan((front["mm"] - back["mm"]) / 2 / apart))
+        assert vertebra["lower_tilt_deg"] - vertebra["upper_tilt_deg"] == pytest.approx(wedge, abs=0.05)
+    # The discs between them and above the sacrum make up the rest of the lordosis.
+    assert 10 < lowest["lower_tilt_deg"] - top["upper_tilt_deg"] < known["lordosis_deg"] - 5
+
+
 def test_heights_are_taken_across_the_mean_of_both_endplates(plans):
     known = phantom.anatomy(plans[0], SETTINGS)
     for part, prefix in [(v, "body_") for v in known["vertebrae"]] + [(d, "") for d in known["discs"]]:

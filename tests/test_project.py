@@ -15,7 +15,8 @@ from kedro.config import OmegaConfigLoader
 ROOT = Path(__file__).parents[1]
 PIPELINES = {
     "synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__", "report", "leakage",
-    "baselines", "evaluate_external", "export_nnunet", "apta_audit", "screen", "recipes", "tune",
+    "baselines", "evaluate_external", "export_nnunet", "apta_audit", "screen", "recipes", "tune", "rollback",
+    "predict",
 }  # fmt: skip
 CATALOG = {
     "series_index", "ingest_report", "slice_index", "split", "model_input", "model", "training_history", "predictions",
@@ -71,7 +72,7 @@ def test_layers_follow_the_flow_of_data(pipelines):
 
     for node in {node for pipeline in pipelines.values() for node in pipeline.nodes}:
         sources = [rank(name) for name in node.inputs if not name.startswith("param")]
-        assert not sources or max(sources) <= min(rank(name) for name in node.outputs), node.name
+        assert not sources or max(sources) <= min((rank(name) for name in node.outputs), default=len(LAYERS)), node.name
 
 
 @pytest.mark.parametrize("environment", ["local", "spider", "best", "paper"])
@@ -89,8 +90,20 @@ def test_every_parameter_that_a_node_takes_is_configured(pipelines, environment)
 def test_spider_states_only_what_differs_from_base():
     base, spider = configuration()["parameters"], configuration("spider")["parameters"]
     assert spider["preprocess"] == base["preprocess"] | {"size": [256, 256]}
-    assert spider | {"preprocess": None, "raw_dir": None} == base | {"preprocess": None, "raw_dir": None}
+    assert {**base["registration"], "data": None} == {**spider["registration"], "data": None}
+    different = dict.fromkeys(("preprocess", "raw_dir", "registration"))
+    assert spider | different == base | different
     assert spider["split"]["method"] == "patient"
+
+
+def test_environments_for_real_scans_state_their_licence_and_source():
+    spider = configuration("spider")["parameters"]["registration"]
+    assert spider["data"]["real"]["licence"] == "CC-BY-4.0"
+    assert re.search(r"van der Graaf .*10\.1038/s41597-024-03090-w", spider["data"]["real"]["attribution"])
+    assert configuration("best")["parameters"]["registration"] == spider
+    assert configuration("paper")["parameters"]["registration"] == spider
+    # Whoever's scans are read in other environments: nobody else's licence is claimed for them.
+    assert configuration()["parameters"]["registration"]["data"]["real"] == {"licence": None, "attribution": None}
 
 
 def test_best_differs_from_spider_in_what_the_screen_has_measured():

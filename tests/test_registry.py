@@ -1,4 +1,4 @@
-"""Promotion rules by hand and by property; registration against a real SQLite store, with a net of hand-set weights."""
+"""Registration against a real SQLite store, with a net of hand-set weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import sys
 import venv
 import zipfile
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lumbarflow
 from lumbarflow import registry
 from lumbarflow.backend import load_keras
 from lumbarflow.files import value_digest
 from lumbarflow.inference import Segmenter
-from lumbarflow.registry import ModelFacts, decide_promotion
+from lumbarflow.promotion import ModelFacts
+from lumbarflow.registry import Figures, check_settings, rollback
 
 SETTINGS = {
     "size": [16, 12],
@@ -38,120 +38,61 @@ SETTINGS = {
     "test_time_augmentation": {"shift": 0.1, "rotation_degrees": 5.0},
 }
 SPACING = [1.0, 0.5]
-CANDIDATE = ModelFacts(
-    name="lumbar-unet",
-    version="2",
-    data_kind="real",
-    leaky=False,
-    data_hash="d" * 32,
-    split_hash="s" * 32,
-    mean_foreground_dice=0.9,
-    trained_on=frozenset({"a", "b", "c"}),
-    tested_on=frozenset({"x", "y"}),
-)
-CHAMPION = replace(CANDIDATE, version="1")
-BY_HAND = r'mlflow\.MlflowClient\(\)\.set_registered_model_alias\("lumbar-unet", "champion", "2"\)'
+# What promotion asks of a version (tests/test_promotion.py looks at each).
+GOOD_ENOUGH = {
+    "data_kind": "real",
+    "leaky": False,
+    "data_hash": "d" * 32,
+    "split_hash": "s" * 32,
+    "mean_foreground_dice": 0.9,
+    "class_dice": {"vertebrae": 0.9375, "canal": 0.875, "IVD": 0.8875},
+    "case_dice": {("x", "series 0"): 0.9, ("y", "series 1"): 0.8},
+    "trained_on": frozenset({"a", "b", "c"}),
+    "tested_on": frozenset({"x", "y"}),
+}
+RULES = {"class_tolerance": 0.0625, "paired_test": {"alpha": 0.05}}
+DATA = {
+    "synthetic": {"licence": "CC0-1.0", "attribution": "computed by the tests"},
+    "real": {"licence": None, "attribution": None},
+}
 
 
-# Decisions
+def registration(name="lumbar-unet", **changes):
+    return {"name": name, "alias": "champion", "promotion": RULES, "data": DATA} | changes
 
 
 @pytest.mark.parametrize(
-    ("candidate", "champion", "promote", "reason"),
+    ("changes", "message"),
     [
-        ({}, None, True, r"^There was no champion; its mean foreground Dice is 0\.9000\.$"),
-        ({}, {}, True, r"Dice of 0\.9000 is not lower than the 0\.9000 of version 1, on the same test patients\.$"),
-        ({"mean_foreground_dice": 0.91}, {}, True, r"Dice of 0\.9100 is not lower than the 0\.9000 of version 1"),
-        ({"data_kind": "synthetic"}, {"data_kind": "synthetic"}, True, r"not lower"),
-        ({"data_kind": "synthetic"}, None, True, r"There was no champion"),
-        ({"mean_foreground_dice": 0.89}, {}, False, r"Dice of 0\.8900 is lower than the 0\.9000 of the champion .*"),
-        ({"mean_foreground_dice": 0.9 - 1e-7}, {}, False, r"0\.8999999 is lower than the 0\.9000000 of the champion"),
-        ({"mean_foreground_dice": math.nextafter(0.9, 0)}, {}, False, r"is lower than"),
-        ({"leaky": True}, None, False, r"split without regard to patients.*A leaky model never becomes champion"),
-        ({"leaky": True, "mean_foreground_dice": 1.0}, {"leaky": True}, False, r"never becomes champion"),
-        ({"leaky": None}, None, False, r"lacks a usable leaky\. Run the training and its evaluation again"),
-        ({"mean_foreground_dice": math.nan}, None, False, r"lacks a usable mean_foreground_dice\."),
-        ({"mean_foreground_dice": None}, {}, False, r"lacks a usable mean_foreground_dice\."),
-        ({"mean_foreground_dice": math.inf}, {}, False, r"lacks a usable mean_foreground_dice\."),
-        ({"data_hash": ""}, {"data_hash": ""}, False, r"lacks a usable data_hash\."),
-        ({"data_kind": "other", "split_hash": None}, {}, False, r"lacks a usable data_kind, split_hash\."),
-        ({"trained_on": frozenset()}, {}, False, r"lacks a usable trained_on\."),
-        ({"tested_on": frozenset()}, {}, False, r"lacks a usable tested_on\."),
-        ({"tested_on": frozenset("abx")}, None, False, r"trained on 2 of its own test patients\. Run preprocess"),
-        ({}, {"data_hash": None}, False, rf"the champion \(version 1\), which lacks a usable data_hash\. .*{BY_HAND}"),
-        ({}, {"mean_foreground_dice": math.nan}, False, r"version 1\), which lacks a usable mean_foreground_dice"),
-        ({"data_kind": "synthetic"}, {}, False, rf"from synthetic scans and the champion .* real ones\. .*{BY_HAND}"),
-        ({"data_kind": "mixed"}, {}, False, r"from mixed scans and the champion \(version 1\) from real ones"),
-        (
-            {"data_hash": "e" * 32},
-            {"data_kind": "synthetic"},
-            False,
-            rf"other data \(real, hash e{{8}}\) than the champion \(version 1\) \(synthetic, hash d{{8}}\).*{BY_HAND}",
-        ),
-        ({"split_hash": "t" * 32}, {}, False, rf"another split \(hash t{{8}}\) .* \(hash s{{8}}\).*{BY_HAND}"),
-        ({}, {"trained_on": frozenset("axy")}, False, rf"trained on 2 of these test patients\. .*{BY_HAND}"),
+        ({"aliases": "x"}, r"unknown setting registration\.aliases; expected some of \['name', 'alias', 'promotion'"),
+        ({"promotion": RULES | {"tolerance": 0}}, r"unknown setting registration\.promotion\.tolerance"),
+        ({"promotion": RULES | {"paired_test": {"alpha": 0, "p": 1}}}, r"registration\.promotion\.paired_test\.p"),
+        ({"promotion": RULES | {"class_tolerance": -0.1}}, r"promotion\.class_tolerance is -0\.1; expected .* 0 to 1"),
+        ({"promotion": RULES | {"paired_test": {"alpha": 5}}}, r"promotion\.paired_test\.alpha is 5; expected"),
+        ({"data": DATA | {"mixed": {}}}, r"unknown setting registration\.data\.mixed; .*\['synthetic', 'real'\]"),
+        ({"data": {"real": {"license": "MIT"}}}, r"unknown setting registration\.data\.real\.license"),
     ],
 )
-def test_decision(candidate, champion, promote, reason):
-    decision = decide_promotion(
-        replace(CANDIDATE, **candidate), None if champion is None else replace(CHAMPION, **champion), "champion"
-    )
-    assert decision.promote is promote
-    assert re.search(reason, decision.reason), decision.reason
-
-
-def test_a_version_without_facts_lacks_all_of_them():
-    facts = "data_kind, leaky, data_hash, split_hash, mean_foreground_dice, trained_on, tested_on"
-    decision = decide_promotion(CANDIDATE, ModelFacts("lumbar-unet", "1"), "champion")
-    assert not decision.promote
-    assert f"which lacks a usable {facts}." in decision.reason
-
-
-def facts(version):
-    patients = st.frozensets(st.sampled_from("abcxyz"), max_size=3)
-    return st.builds(
-        ModelFacts,
-        name=st.just("lumbar-unet"),
-        version=st.just(version),
-        data_kind=st.sampled_from(["real", "synthetic", "mixed", None]),
-        leaky=st.sampled_from([False, False, False, True, None]),
-        data_hash=st.sampled_from(["d", "e"]),
-        split_hash=st.sampled_from(["s", "t"]),
-        mean_foreground_dice=st.one_of(st.sampled_from([0.8, 0.9, math.nan, None]), st.floats(0, 1)),
-        trained_on=st.one_of(st.none(), patients),
-        tested_on=st.one_of(st.none(), patients),
-    )
-
-
-@given(candidate=facts("2"), champion=st.none() | facts("1"))
-def test_whatever_gets_the_alias_has_earned_it(candidate, champion):
-    decision = decide_promotion(candidate, champion, "champion")
-    assert decision.reason.endswith(".")
-    if not decision.promote:
-        return
-    assert candidate.leaky is False
-    assert 0 <= candidate.mean_foreground_dice <= 1
-    assert not candidate.trained_on & candidate.tested_on
-    if champion is not None:
-        assert (candidate.data_hash, candidate.split_hash) == (champion.data_hash, champion.split_hash)
-        assert candidate.mean_foreground_dice >= champion.mean_foreground_dice
-        assert not champion.trained_on & candidate.tested_on
-        assert candidate.data_kind == "real" or champion.data_kind != "real"
-
-
-@given(candidate=facts("2"), dice=st.floats(0, 1))
-def test_equal_models_follow_each_other(candidate, dice):
-    # Whatever may become the first champion may replace an equal one.
-    candidate = replace(candidate, mean_foreground_dice=dice)
-    first = decide_promotion(candidate, None, "champion").promote
-    assert decide_promotion(candidate, replace(candidate, version="1"), "champion").promote is first
+def test_settings_that_cannot_be_followed_are_named(changes, message):
+    check_settings(registration())
+    with pytest.raises(ValueError, match=message):
+        check_settings(registration(**changes))
 
 
 # Registration
 
 
 def manifest(**changes):
-    series = {"7_t1": "Ann", "7_t2": "Ann", "8_t2": "Ben", "9_t2": "Cid", "10_t2": "Dan"}
+    patients = {"7_t1": "Ann", "7_t2": "Ann", "8_t2": "Ben", "9_t2": "Cid", "10_t2": "Dan"}
+    spacings = {"7_t1": [2.0, 1.5], "10_t2": [1.25, 1.75]}
+    series = {
+        name: {
+            "patient": patient,
+            "sequence": name.partition("_")[2],
+            "pixel_spacing_mm": spacings.get(name, [1.5, 1.625]),
+        }
+        for name, patient in patients.items()
+    }
     return {
         "format_version": 1,
         "size": [16, 12],
@@ -161,8 +102,8 @@ def manifest(**changes):
         "data_hash": "d" * 32,
         "split_hash": "s" * 32,
         "content_hash": "c" * 32,
-        "settings": {"labels": {"canal": [100]}},
-        "series": {name: {"patient": patient} for name, patient in series.items()},
+        "settings": {"labels": {"method": "direct", "table": {"vertebrae": [1, 2, 3, 101], "canal": [100], "IVD": []}}},
+        "series": series,
         "sides": {
             "train": {"7_t1": [0, 1], "7_t2": [0]},
             "validation": {"8_t2": [0]},
@@ -176,6 +117,31 @@ def metrics(mean=0.9, vertebrae=0.92):
     pooled = {"background": 0.99, "vertebrae": vertebrae, "canal": 0.9, "IVD": 0.88, "mean foreground": mean}
     rows = [{"class": name, "scope": "pooled", "dice": np.float64(dice)} for name, dice in pooled.items()]
     return rows + [{"class": name, "scope": "case mean", "dice": 0.1, "n_cases": np.int64(2)} for name in pooled]
+
+
+def by_case(sides, dice=0.9):
+    """As `metrics_by_case` has them: every class of every test series."""
+    series = manifest()["series"]
+    names = ("background", "vertebrae", "canal", "IVD")
+    return [
+        {"series": name, "patient": series[name]["patient"], "class": label, "dice": np.float64(dice)}
+        for name in sides["test"]
+        for label in names
+    ]
+
+
+def intervals():
+    names = ("background", "vertebrae", "canal", "IVD", "mean foreground")
+    rows = [("pooled", name, "dice", 0.9, 0.85, 0.95) for name in names]
+    rows += [("case mean", name, "asd_mm", 0.5, 0.25, math.nan) for name in names[1:4]]
+    return [
+        dict(zip(("scope", "class", "metric", "value", "low", "high"), row, strict=True)) | {"n_patients": np.int64(2)}
+        for row in rows
+    ]
+
+
+def figures(sides=None, scores=None, dice=0.9, weights="w" * 32):
+    return Figures(scores or metrics(), by_case(sides or manifest()["sides"], dice), intervals(), weights)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +177,10 @@ def register(store, network, request):
     """Register under a name of the test's own, in a run of its own."""
     name = request.node.name
 
-    def register(path=network, *, scores=None, run_id=None, settings=SETTINGS, **changes):
-        arguments = (path, manifest(**changes), scores or metrics(), settings, {"name": name, "alias": "champion"})
+    def register(path=network, *, scores=None, weights="w" * 32, run_id=None, settings=SETTINGS, **changes):
+        made_from = manifest(**changes)
+        said = figures(made_from["sides"], scores, weights=weights)
+        arguments = (path, made_from, said, settings, registration(name))
         if run_id is not None:
             return registry.register(*arguments, run_id=run_id)
         with mlflow.start_run(experiment_id=store.experiment):
@@ -258,6 +226,7 @@ def test_first_version_becomes_champion(store, register):
         "split_hash": "s" * 32,
         "content_hash": "c" * 32,
         "leaky": "false",
+        "weights": "w" * 32,
         "mean_foreground_dice": "0.9",
         "dice_vertebrae": "0.92",
         "dice_canal": "0.9",
@@ -267,6 +236,7 @@ def test_first_version_becomes_champion(store, register):
         "test_patients": f"2 ({value_digest(digests['test'])})",
         "promotion": "promoted",
         "promotion_reason": record["reason"],
+        "former_champion": "none",
     }
     tags = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}
     assert tags == {
@@ -394,7 +364,225 @@ def test_missing_things_are_named(store, register, tmp_path):
 
 def test_without_a_run_there_is_nothing_to_log_to(store, network):
     with pytest.raises(ValueError, match=r"no MLflow run is active; expected one.*Start one or pass run_id"):
-        registry.register(network, manifest(), metrics(), SETTINGS, {"name": "none", "alias": "champion"})
+        registry.register(network, manifest(), figures(), SETTINGS, registration("none"))
+
+
+def test_cases_must_be_those_of_the_test_patients(store, network):
+    def register(rows):
+        with mlflow.start_run(experiment_id=store.experiment):
+            registry.register(network, manifest(), replace(figures(), by_case=rows), SETTINGS, registration("none"))
+
+    rows = by_case(manifest()["sides"])
+    expected = r"expected the test series, each with vertebrae, canal, IVD\. Run: kedro run --pipeline=evaluate"
+    with pytest.raises(ValueError, match=r"metrics_by_case has 1 of the 2 test series and 0 others; " + expected):
+        register(rows[:4])
+    with pytest.raises(ValueError, match=r"metrics_by_case has 2 of the 2 test series and 0 others; " + expected):
+        register(rows[:-1])
+    with pytest.raises(ValueError, match=r"metrics_by_case has 2 of the 2 test series and 1 others; " + expected):
+        register(rows + [rows[0] | {"series": "7_t1"}])
+
+
+def test_figures_must_have_intervals(store, network):
+    rows = [row for row in intervals() if row["class"] != "IVD" or row["scope"] != "pooled"]
+    lacking = replace(figures(), intervals=rows)
+    with (
+        mlflow.start_run(experiment_id=store.experiment),
+        pytest.raises(
+            ValueError, match=r"metrics_intervals lacks the Dice of \['IVD'\] of the scope 'pooled'\. Run: kedro"
+        ),
+    ):
+        registry.register(network, manifest(), lacking, SETTINGS, registration("none"))
+
+
+@pytest.fixture
+def register_facts(store, request, monkeypatch):
+    """Register versions without nets, from facts good enough and what differs: for what happens after a model is logged."""
+    name = request.node.name
+    known = {}
+
+    def log_facts(path, manifest, figures, segmenter_settings, settings):
+        registry._ensure_registered(store.client, name)
+        version = store.client.create_model_version(name, "file:///somewhere", tags={"weights": figures.weights})
+        known[str(version.version)] = ModelFacts(name, str(version.version), **(GOOD_ENOUGH | path))
+        return known[str(version.version)], {}
+
+    def facts_of_champion(client, name, alias):
+        return known.get(champion(store, name))
+
+    def register(weights="w" * 32, **changes):
+        with mlflow.start_run(experiment_id=store.experiment):
+            return registry.register(changes, manifest(), figures(weights=weights), SETTINGS, registration(name))
+
+    monkeypatch.setattr(registry, "log_model", log_facts)
+    monkeypatch.setattr(registry, "_champion", facts_of_champion)
+    monkeypatch.setattr(registry, "model_card", lambda record, name, version, verdict: verdict)
+    register.name = name
+    return register
+
+
+def test_champion_that_changes_meanwhile_is_compared_with_anew(store, register_facts, monkeypatch, caplog):
+    name = register_facts.name
+    for dice in (0.7, 0.8):
+        register_facts(mean_foreground_dice=dice)
+    store.client.set_registered_model_alias(name, "champion", "1")
+    decide = registry.decide_promotion
+    compared = []
+
+    def someone_else_promotes(candidate, champion, alias, rules):
+        compared.append(champion.version)
+        store.client.set_registered_model_alias(name, "champion", "2")
+        return decide(candidate, champion, alias, rules)
+
+    monkeypatch.setattr(registry, "decide_promotion", someone_else_promotes)
+    with caplog.at_level("INFO"):
+        record = register_facts(mean_foreground_dice=0.75)
+    assert compared == ["1", "2"]
+    assert (record["promoted"], record["champion"]) == (False, "2")
+    assert champion(store, name) == "2"
+    version = store.client.get_model_version(name, "3")
+    assert version.tags["promotion"] == "kept back"
+    assert "0.7500 is lower than the 0.8000" in version.tags["promotion_reason"]
+    assert version.description == f"kept back. {record['reason']}"
+    assert "former_champion" not in version.tags
+    assert "champion was given to another version meanwhile" in caplog.text
+
+
+# Rollback
+
+
+@pytest.fixture
+def promoted(store, request):
+    """A registered model of a few versions, each promoted over the one before, without nets: rollbacks read none."""
+    name = request.node.name
+
+    def make(versions):
+        store.client.create_registered_model(name)
+        for version in range(1, versions + 1):
+            tags = {"promotion": "promoted", "former_champion": str(version - 1) if version > 1 else "none"}
+            store.client.create_model_version(name, source="file:///somewhere", tags=tags)
+        store.client.set_registered_model_alias(name, "champion", str(versions))
+
+    make.name, make.settings = name, registration(name)
+    return make
+
+
+def test_rollback_puts_the_former_champion_back_and_the_next_one_the_one_before(store, promoted, caplog):
+    promoted(3)
+    with caplog.at_level("INFO"):
+        record = rollback(promoted.settings)
+    name = promoted.name
+    assert datetime.now(UTC) - datetime.fromisoformat(record.pop("at")) < timedelta(minutes=1)
+    undo = f'mlflow.MlflowClient().set_registered_model_alias("{name}", "champion", "3")'
+    assert json.loads(json.dumps(record)) == {
+        "name": name,
+        "alias": "champion",
+        "champion": "2",
+        "rolled_back": "3",
+        "undo": undo,
+        "load": f'mlflow.pyfunc.load_model("models:/{name}@champion")',
+    }
+    assert champion(store, name) == "2"
+    assert f"{name} version 2 is champion again, in place of version 3. To undo it: {undo}" in caplog.text
+    tags = {version: store.client.get_model_version(name, version).tags for version in "123"}
+    when = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
+    assert re.fullmatch(rf"{when}, to version 2", tags["3"].pop("rolled_back"))
+    assert re.fullmatch(rf"{when}, in place of version 3", tags["2"].pop("reinstated"))
+    assert tags == {
+        "1": {"promotion": "promoted", "former_champion": "none"},
+        "2": {"promotion": "promoted", "former_champion": "1"},
+        "3": {"promotion": "promoted", "former_champion": "2"},
+    }
+
+    assert rollback(promoted.settings)["champion"] == "1"
+    assert champion(store, name) == "1"
+    with pytest.raises(
+        ValueError, match=r"version 1 was promoted when no version held the alias champion; expected a f"
+    ):
+        rollback(promoted.settings)
+    assert champion(store, name) == "1"
+
+
+def test_rollback_starts_from_whoever_holds_the_alias_now(store, promoted):
+    promoted(3)
+    name = promoted.name
+    store.client.set_registered_model_alias(name, "champion", "2")  # an operator's doing
+    record = rollback(promoted.settings)
+    assert (record["rolled_back"], record["champion"]) == ("2", "1")
+    # Put back by hand, and replaced; then it comes back as any former champion, and is no longer one rolled back.
+    store.client.set_registered_model_alias(name, "champion", "3")
+    assert rollback(promoted.settings)["champion"] == "2"
+    assert "rolled_back" not in store.client.get_model_version(name, "2").tags
+
+
+def test_rollback_says_why_it_cannot(store, promoted):
+    name = promoted.name
+    by_hand = rf'set_registered_model_alias\("{name}", "champion", "VERSION"\)\.$'
+    with pytest.raises(
+        ValueError, match=rf"^sqlite://\S+mlflow\.db has no registered model {name}; expected.*Register"
+    ):
+        rollback(promoted.settings)
+    promoted(3)
+    store.client.delete_model_version(name, "2")
+    with pytest.raises(ValueError, match=rf"version 2, which held .* before version 3, is gone from .*{by_hand}"):
+        rollback(promoted.settings)
+    assert "rolled_back" not in store.client.get_model_version(name, "3").tags
+    store.client.create_model_version(name, source="file:///somewhere", tags={"promotion": "kept back"})
+    store.client.set_registered_model_alias(name, "champion", "4")
+    with pytest.raises(ValueError, match=rf"version 4 holds .* does not say who held it before; expected .*{by_hand}"):
+        rollback(promoted.settings)
+    store.client.delete_registered_model_alias(name, "champion")
+    with pytest.raises(ValueError, match=rf"no version of {name} holds the alias champion; expected one .*{by_hand}"):
+        rollback(promoted.settings)
+    with pytest.raises(ValueError, match="unknown setting registration.aliases"):
+        rollback(promoted.settings | {"aliases": "x"})
+
+
+def test_rollback_stops_if_the_alias_moves_meanwhile(store, promoted, monkeypatch):
+    promoted(3)
+    name, tags_of = promoted.name, registry._version_tags
+
+    def someone_else_moves_it(client, name, version):
+        client.set_registered_model_alias(name, "champion", "1")
+        return tags_of(client, name, version)
+
+    monkeypatch.setattr(registry, "_version_tags", someone_else_moves_it)
+    with pytest.raises(
+        ValueError, match=r"left version 3 while this went on; expected it to stay\. Nothing was changed"
+    ):
+        rollback(promoted.settings)
+    assert champion(store, name) == "1"
+    assert "rolled_back" not in store.client.get_model_version(name, "3").tags
+
+
+def test_net_that_was_rolled_back_does_not_come_back_by_itself(store, register_facts):
+    name = register_facts.name
+    register_facts(mean_foreground_dice=0.8, weights="a" * 32)
+    register_facts(weights="b" * 32)
+    assert store.client.get_model_version(name, "2").tags["former_champion"] == "1"
+    rollback(registration(name))
+    # A training that goes on from its last checkpoint is the same net: its figures are better than version 1's, still.
+    record = register_facts(weights="b" * 32)
+    assert (record["version"], record["promoted"], record["champion"]) == ("3", False, "1")
+    assert "Its net is the one of version 2, which was rolled back." in record["reason"]
+    # Another net is compared with the reinstated champion.
+    record = register_facts(mean_foreground_dice=0.85, weights="c" * 32)
+    assert (record["version"], record["promoted"], record["champion"]) == ("4", True, "4")
+    assert "is not lower than the 0.8000 of version 1" in record["reason"]
+    assert rollback(registration(name))["champion"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("sqlite:////home/folder/mlflow.db", "sqlite:////home/folder/mlflow.db"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+        ("https://user:secret@host:5000/mlflow?token=secret", "https://host:5000/mlflow"),
+        ("postgresql+pg8000://user:sec@ret@host/mlflow?password=secret", "postgresql+pg8000://host/mlflow"),
+    ],
+)
+def test_no_password_of_the_registry_is_shown(monkeypatch, address, shown):
+    monkeypatch.setattr(mlflow, "get_registry_uri", lambda: address)
+    assert registry._registry() == shown
 
 
 def test_telemetry_is_off():
@@ -412,7 +600,8 @@ def logged(store, network, tmp_path_factory):
     """Folder of a registered model, pulled."""
     with mlflow.start_run(experiment_id=store.experiment) as run:
         name = "logged"
-        record = registry.register(network, manifest(), metrics(), SETTINGS, {"name": name, "alias": "champion"})
+        mlflow.set_tags({"git_commit": "0123456789abcdef", "git_changed": "true"})
+        record = registry.register(network, manifest(), figures(), SETTINGS, registration(name))
     folder = tmp_path_factory.mktemp("pulled")
     mlflow.artifacts.download_artifacts(artifact_uri="models:/logged@champion", dst_path=str(folder))
     return SimpleNamespace(folder=folder, record=record, run=run)
@@ -427,6 +616,8 @@ def test_model_holds_these_files_and_no_pickle(logged):
     code = {name for name in files if name.startswith("code/")}
     assert set(files) - code == {
         "MLmodel",
+        "artifacts/cases.json",
+        "artifacts/model_card.md",
         "artifacts/network.keras",
         "artifacts/patients.json",
         "artifacts/segmenter.json",
@@ -462,13 +653,20 @@ def test_model_tells_of_no_patient_and_no_folder_of_this_machine(logged, network
     digests = json.loads((logged.folder / "artifacts/patients.json").read_text())
     assert digests["train"] == [value_digest("Ann")]  # two series, one patient
     assert digests["test"] == sorted([value_digest("Cid"), value_digest("Dan")])
+    cases = json.loads((logged.folder / "artifacts/cases.json").read_text())
+    dice = {"vertebrae": 0.9, "canal": 0.9, "IVD": 0.9}
+    assert cases == {
+        value_digest("9_t2"): {"patient": value_digest("Cid"), "dice": dice},
+        value_digest("10_t2"): {"patient": value_digest("Dan"), "dice": dice},
+    }
 
 
 def test_requirements_are_pinned_names_and_versions(logged):
     from importlib.metadata import version
 
     lines = (logged.folder / "requirements.txt").read_text().splitlines()
-    assert lines == [f"{name}=={version(name)}" for name in ("mlflow", "tensorflow", "keras", "numpy", "SimpleITK")]
+    assert lines == [f"{name}=={version(name)}" for name in registry.REQUIREMENTS]
+    assert {"mlflow", "tensorflow", "keras", "numpy", "scipy", "SimpleITK", "pydicom"} == set(registry.REQUIREMENTS)
 
 
 def test_segmenter_record(logged):
@@ -477,8 +675,45 @@ def test_segmenter_record(logged):
     assert record["classes"] == {"0": "background", "1": "vertebrae", "2": "canal", "3": "IVD"}
     assert record["origin"]["run_id"] == logged.run.info.run_id
     assert record["origin"]["leaky"] is False and record["origin"]["data_hash"] == "d" * 32
-    assert record["preparation"] == {"labels": {"canal": [100]}}
+    assert record["origin"]["git_commit"] == "0123456789abcdef"
+    table = {"vertebrae": [1, 2, 3, 101], "canal": [100], "IVD": []}
+    assert record["preparation"] == {"labels": {"method": "direct", "table": table}}
     assert {"class": "canal", "scope": "pooled", "dice": 0.9} in record["metrics_by_class"]
+    canal = {"scope": "pooled", "class": "canal", "metric": "dice", "value": 0.9, "low": 0.85, "high": 0.95}
+    assert canal | {"n_patients": 2} in record["metrics_intervals"]
+    assert record["data"] == {"synthetic": DATA["synthetic"]}
+    assert record["cohort"] == {
+        "sides": {
+            "train": {"patients": 1, "series": 2, "slices": 3},
+            "validation": {"patients": 1, "series": 1, "slices": 1},
+            "test": {"patients": 2, "series": 2, "slices": 3},
+        },
+        "sequences": {"t1": 1, "t2": 4},
+        "pixel_spacing_mm": [[1.25, 1.5], [2.0, 1.75]],
+    }
+
+
+def test_card_is_the_versions_description_and_lies_beside_the_net(store, logged):
+    version = store.client.get_model_version("logged", "1")
+    assert version.description.startswith("# logged, version 1\n")
+    assert 'load_model("models:/logged/1")' in version.description
+    assert f"promoted. {logged.record['reason']}" in version.description
+    assert "| canal | 0.900 [0.850, 0.950] | 0.50 |" in version.description
+    assert "commit `0123456789ab` with changes" in version.description
+    card = (logged.folder / "artifacts/model_card.md").read_text()
+    # What was not known yet when the model was logged is all that it lacks.
+    known = version.description.replace("# logged, version 1", "# logged").replace("logged/1", "logged/VERSION")
+    start, end = known.index("## Promotion"), known.index("## Data")
+    assert card == known[:start] + known[end:]
+
+
+def test_a_card_that_is_too_long_says_where_its_rest_is():
+    line = "0123456789" * 8 + "\n"
+    assert registry._description(line * 61) == line * 61  # 4941
+    short = registry._description(line * 80)
+    assert len(short) <= 5000
+    assert short.startswith(line * 60)
+    assert short.endswith("8901234567890123456789\n\nThe rest stands in model_card.md, among the model's artefacts.\n")
 
 
 def test_input_example_is_recorded_and_works(logged):

@@ -225,11 +225,19 @@ def test_a_server_touches_no_file_outside_its_folder(model, volume, tmp_path, mo
     write_volume(volume, allowed / "scan.mha")
     (allowed / "link.mha").symlink_to(outside / "scan.mha")
     monkeypatch.setenv("__pyfunc_model_path__", "as MLflow's server has it")
-    with pytest.raises(MlflowException, match=r"this server reads and writes no files; .*set LUMBARFLOW_ALLOWED_FOLDER"):
+    with pytest.raises(
+        MlflowException, match=r"this server reads and writes no files; .*set LUMBARFLOW_ALLOWED_FOLDER"
+    ):
         model.predict(None, str(allowed / "scan.mha"))
     monkeypatch.setenv("LUMBARFLOW_ALLOWED_FOLDER", str(allowed))
     assert model.predict(None, str(allowed / "scan.mha"))["labels"].shape == (6, 9, 7)
-    for path in (outside / "scan.mha", allowed / "../outside/scan.mha", allowed / "link.mha", outside / "none.mha", "/"):
+    for path in (
+        outside / "scan.mha",
+        allowed / "../outside/scan.mha",
+        allowed / "link.mha",
+        outside / "none.mha",
+        "/",
+    ):
         with pytest.raises(MlflowException, match="is not in the allowed folder; expected a path in"):
             model.predict(None, str(path))
         (answer,) = model.predict(None, [str(path)])

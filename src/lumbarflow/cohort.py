@@ -18,6 +18,7 @@ from lumbarflow.imaging import (
     Orientation,
     Volume,
     VolumeError,
+    check_image,
     geometry_differences,
     split_volume_name,
     to_sagittal,
@@ -345,15 +346,10 @@ def _check_pair(
             "the image's grid",
             "Resample the mask to its image (nearest neighbour), or widen ingest.tolerances.",
         )
-    if any(spacing <= 0 for spacing in image.spacing_mm):
-        raise SeriesRejected(image_file, f"spacing {image.spacing_mm} mm", "positive lengths", "Correct the header.")
-    if not np.all(np.isfinite(image.array)):
-        count = int(np.count_nonzero(~np.isfinite(image.array)))
-        raise SeriesRejected(image_file, f"{count} voxels that aren't finite", "finite numbers", "Export it again.")
-    if image.array.min() == image.array.max():
-        raise SeriesRejected(
-            image_file, f"the constant value {image.array.flat[0]}", "an image with contrast", "Export it again."
-        )
+    try:
+        check_image(image_file, image)
+    except VolumeError as error:
+        raise SeriesRejected(image_file, error.found, error.expected, error.remedy) from None
     try:
         Normalisation.of(image.array, percentiles)
     except ValueError as error:

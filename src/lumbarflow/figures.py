@@ -14,10 +14,14 @@ import numpy as np
 import pandas as pd
 
 from lumbarflow.labels import CLASSES, FOREGROUND, PALETTE
+from lumbarflow.uncertainty import calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lumbarflow.imaging import LabelMap, Volume
+    from lumbarflow.measurements import Measurement
 
 MARKERS = {"vertebrae": "o", "canal": "^", "IVD": "s"}
 FIGURE_LABELS = {
@@ -239,9 +243,145 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+# How the chords of a quantity are drawn: told by the kind of line, not by a colour.
+_CHORDS = {"height": "-", "depth": "--", "canal_ap": ":"}
+
+
+def measurement_figure(image: Volume, instances: LabelMap, measurements: Sequence[Measurement]) -> Figure:
+    """The mid-sagittal slice with the outlines of all instances, every chord in it, and their values in mm beside it.
+
+    Chords are projected into the slice shown, which is the one nearest to most of them.
+
+    Args:
+        image, instances: sagittal, same grid.
+        measurements: see `measurements.measure`.
+    Raises:
+        ValueError: the two grids differ in size.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
+
+    from lumbarflow.measurements import class_name
+
+    if image.size != instances.size:
+        raise ValueError(f"an image of {image.size} voxels and labels of {instances.size}; expected one grid for both")
+    drawn = [found for found in measurements if np.isfinite(found.value)]
+    places = [instances.index_point(end)[2] for found in drawn if found.unit == "mm" for end in found.ends_mm]
+    # With nothing measured, where most of the labels are.
+    middle = np.median(places) if places else np.argmax(np.count_nonzero(instances.array, axis=(1, 2)))
+    shown = int(np.clip(np.rint(middle), 0, instances.array.shape[0] - 1))
+    plane, labels = image.array[shown], instances.array[shown]
+
+    figure = Figure(figsize=(9.5, 10))
+    axis = figure.subplots(gridspec_kw={"left": 0.26, "right": 0.94, "bottom": 0.05, "top": 0.93})
+    low, high = np.percentile(plane, (1, 99))
+    aspect = image.spacing_mm[1] / image.spacing_mm[0]
+    axis.imshow(plane, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+    for label in np.unique(labels[labels > 0]):
+        # Padded, so that an outline closes at the picture's edge.
+        mask = np.pad(labels == label, 1).astype(float)
+        rows, columns = (np.arange(-1, size + 1) for size in labels.shape)
+        axis.contour(columns, rows, mask, levels=[0.5], colors=PALETTE[class_name(int(label))], linewidths=1.2)
+
+    edge = [withStroke(linewidth=2.4, foreground="black")]
+    beside = axis.get_yaxis_transform()
+    values: dict[tuple[str, int], dict[str, Measurement]] = {}
+    for found in drawn:
+        if found.unit == "mm":
+            values.setdefault((found.structure, found.number), {})[found.quantity.removeprefix("body_")] = found
+        kind = next((line for name, line in _CHORDS.items() if name in found.quantity), "-.")
+        for line in [found.ends_mm] if found.unit == "mm" else found.ends_mm:
+            column, row, _ = np.transpose([instances.index_point(end) for end in line])
+            axis.plot(column, row, color="white", linewidth=1, linestyle=kind, path_effects=edge)
+    for (structure, number), own in values.items():
+        heights = [f"{own[name].value:.1f}" for name in own if name.startswith("height")]
+        _, row, _ = instances.index_point(np.mean(own["depth"].ends_mm, axis=0))
+        text = f"{structure} {number}:  {'  '.join(heights)}  |  {own['depth'].value:.1f}"
+        axis.text(-0.02, row, text, transform=beside, ha="right", va="center", fontsize=8)
+        if "canal_ap" in own:
+            axis.text(1.02, row, f"{own['canal_ap'].value:.1f}", transform=beside, va="center", fontsize=8)
+    title = [f"lordosis {found.value:.1f}°: {found.note}" for found in drawn if found.quantity == "lordosis"]
+    title.append("left: heights (anterior, middle, posterior) | depth; right: canal; all in mm")
+    if lacking := len(measurements) - len(drawn):
+        title.append(f"not measured: {lacking}")
+    axis.set_title("\n".join(title), fontsize=8, loc="left")
+    axis.set_xlim(-0.5, labels.shape[1] - 0.5)
+    axis.set_ylim(labels.shape[0] - 0.5, -0.5)
+    axis.set_axis_off()
+    handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
+    kinds = _CHORDS | {"endplates of the lordosis": "-."}
+    handles += [Line2D([], [], color="black", linestyle=line, label=name) for name, line in kinds.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=8)
+    return figure
+
+
 def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
     file = io.BytesIO()
     # By default, the file names Matplotlib's version.
     figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
     return file.getvalue()
+
+
+def preview_figure(image: Volume, classes: LabelMap) -> Figure:
+    """Three sagittal slices of a scan with its masks on them: at a quarter, half and three quarters of what was found.
+
+    Args:
+        image, classes: sagittal, on one grid; where nothing was found the quarters are those of the whole scan.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    found = np.flatnonzero(classes.array.any(axis=(1, 2)))
+    first, last = (found[0], found[-1]) if len(found) else (0, len(classes.array) - 1)
+    shown = [int(first + share * (last - first)) for share in (0.25, 0.5, 0.75)]
+    column, row, _ = image.spacing_mm
+    low, high = np.percentile(image.array[shown], (1, 99))
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    for axis, slice_ in zip(figure.subplots(1, 3), shown, strict=True):
+        axis.imshow(image.array[slice_], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=row / column)
+        axis.imshow(colour_labels(classes.array[slice_]), aspect=row / column, interpolation="nearest")
+        axis.set_title(f"sagittal slice {slice_ + 1} of {len(classes.array)}", fontsize=9, loc="left")
+        axis.set_axis_off()
+    handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def reliability_figure(reliability: pd.DataFrame) -> Figure:
+    """One panel per structure: how often the net was right, over the probability that it gave; pixels per bin below.
+
+    On the dashed line probabilities can be believed; below it the net is too sure of the structure, above not enough.
+
+    Args:
+        reliability: see `uncertainty.reliability_table`; empty bins have no point.
+    """
+    from matplotlib.figure import Figure
+
+    errors = calibration_error(reliability)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(2, len(FOREGROUND), sharex=True, sharey="row", height_ratios=(3, 1))
+    for (curve, pixels), (name, error) in zip(panels.T, errors.items(), strict=True):
+        bins = reliability[(reliability["class"] == name) & (reliability["count"] > 0)]
+        curve.plot([0, 1], [0, 1], color=PALETTE["background"], linestyle="--", linewidth=1)
+        curve.set_title(f"{name}: {f'calibration error {error:.3f}' if len(bins) else 'no probabilities'}")
+        # Counts span decades; half a pixel is the bottom, so that a single one can be seen.
+        pixels.set_yscale("log")
+        pixels.set_ylim(0.5, max(10, 2 * reliability["count"].max()))
+        if len(bins):
+            curve.plot(
+                bins["confidence"], bins["frequency"], color=PALETTE[name], marker=MARKERS[name], markersize=7,
+                markeredgecolor=PALETTE["background"], markeredgewidth=0.5, label=name, clip_on=False,
+            )  # fmt: skip
+            pixels.bar(
+                bins["low"], bins["count"], bins["high"] - bins["low"], align="edge", color=PALETTE[name],
+                edgecolor=PALETTE["background"], linewidth=0.5,
+            )  # fmt: skip
+        pixels.set_xlabel("probability of the structure")
+        for axis in (curve, pixels):
+            axis.grid(alpha=0.3)
+    panels[0, 0].set(ylabel="share of pixels that have it", xlim=(0, 1), ylim=(0, 1))
+    panels[1, 0].set_ylabel("pixels")
+    return figure

@@ -21,6 +21,7 @@ _TO_LOOK_AT = (
     "metrics_by_case_csv",
     "overlays_figure",
     "confusion_figure",
+    "reliability_figure",
     "leakage_table_csv",
     "baselines_table_csv",
     "baselines_tests_csv",
@@ -31,6 +32,8 @@ _TO_LOOK_AT = (
     "external_by_class_csv",
     "apta_audit_summary_csv",
     "comparison_csv",
+    "scan_predictions",
+    "scan_measurements",
     "report_html",
     "report_markdown",
 )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -138,7 +139,8 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
         path: `.mha`, `.mhd`, `.nii`, `.nii.gz` or `.nrrd`.
         kind: Volume, or LabelMap (float files of whole numbers are then converted).
     Raises:
-        VolumeError: unreadable or truncated file, not 3-D, several components per voxel, labels that aren't whole.
+        VolumeError: unreadable or truncated file, no spacing or orientation, too large, not 3-D, several components per
+            voxel, labels that aren't whole.
     """
     import SimpleITK as sitk
 
@@ -149,6 +151,7 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
         if not file.is_file():
             raise VolumeError(path, f"no file {file.name}", "an existing file", "Restore it from the source.")
     _check_voxel_bytes(path)
+    _check_stated_geometry(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -159,6 +162,11 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
             raise VolumeError(path, f"{dimension} dimensions", "3", "Export the series as one 3-D volume.")
         if components != 1:
             raise VolumeError(path, f"{components} values per voxel", "1", "Export grey values, not colours.")
+        if math.prod(reader.GetSize()) > _MOST_VOXELS:
+            size = " x ".join(map(str, reader.GetSize()))
+            raise VolumeError(
+                path, f"{size} voxels", f"at most {_MOST_VOXELS}, what fits in memory", "Crop it to the lumbar spine."
+            )
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no reason given"
@@ -181,6 +189,13 @@ _BLOCK = 65536
 _GZIP = b"\x1f\x8b"
 _ZLIB_OR_GZIP = 47  # zlib's `wbits` for: either, told by its header
 _COPY_AGAIN = "Copy or export it again."
+# NRRD's names of spaces whose directions ITK turns into LPS; it takes those of any other space for LPS.
+_NRRD_SPACES = {
+    "right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps",
+}  # fmt: skip
+# Far above any MRI of a spine (20 slices of 1024 x 1024 are 2**24.3). As float32 they take 2 GiB, and all that is made
+# of them several times that.
+_MOST_VOXELS = 2**29
 
 
 def _check_voxel_bytes(path: Path) -> None:
@@ -249,9 +264,7 @@ def _nifti_bytes(path: Path) -> tuple[int, int]:
         file.seek(0)
         blocks = _unpacked(path, file) if packed else _blocks(file)
         head = next(blocks, b"")
-        order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(head[:4])  # 348, the header's length, at its start
-        if order is None or len(head) < 348 or head[344:347] != b"n+1":
-            raise VolumeError(path, "no NIfTI-1 header", "one file with header and voxels", _COPY_AGAIN)
+        order = _nifti_byte_order(path, head)
         dimensions, *sizes = struct.unpack_from(order + "8h", head, 40)
         kind, bits = struct.unpack_from(order + "2h", head, 70)
         (offset,) = struct.unpack_from(order + "f", head, 108)
@@ -267,6 +280,14 @@ def _nifti_bytes(path: Path) -> tuple[int, int]:
     return present, int(offset) + math.prod(max(1, size) for size in sizes[: max(0, dimensions)]) * bits // 8
 
 
+def _nifti_byte_order(path: Path, head: bytes) -> str:
+    """`<` or `>`, read from the start of the unpacked file."""
+    order = {b"\x5c\x01\0\0": "<", b"\0\0\x01\x5c": ">"}.get(head[:4])  # 348, the header's length, at its start
+    if order is None or len(head) < 348 or head[344:347] != b"n+1":
+        raise VolumeError(path, "no NIfTI-1 header", "one file with header and voxels", _COPY_AGAIN)
+    return order
+
+
 def _check_finite(path: Path, voxels: bytes, dtype: str) -> None:
     """ITK's NIfTI reader turns what isn't finite into 0, so it has to be found before."""
     whole = len(voxels) // np.dtype(dtype).itemsize
@@ -277,10 +298,7 @@ def _check_finite(path: Path, voxels: bytes, dtype: str) -> None:
 def _check_nrrd(path: Path) -> None:
     """ITK does see that voxels are missing here; it does not look at checksums, and reads other files if told so."""
     with open(path, "rb") as file:
-        fields = {}
-        while line := file.readline().strip():  # an empty one ends the header
-            key, _, value = line.decode("latin-1").partition(":")
-            fields[key.replace(" ", "").lower()] = value.strip()
+        fields = _nrrd_fields(file)
         if "datafile" in fields:
             raise VolumeError(
                 path, f"its voxels lie in another file ({fields['datafile']!r})", "one file", "Convert it into one."
@@ -288,6 +306,119 @@ def _check_nrrd(path: Path) -> None:
         if fields.get("encoding") in ("gzip", "gz"):
             for _ in _unpacked(path, file):
                 pass
+
+
+def _nrrd_fields(file: BinaryIO) -> dict[str, str]:
+    """The header's fields and values; the file is then at the first voxel."""
+    fields = {}
+    while line := file.readline().strip():  # an empty one ends the header
+        key, _, value = line.decode("latin-1").partition(":")
+        fields[key.replace(" ", "").lower()] = value.strip()
+    return fields
+
+
+def _check_stated_geometry(path: Path) -> None:
+    """Find what ITK puts right in silence: a spacing that is none, and axes whose directions nobody stated.
+
+    It takes lengths that are 0, absent or not finite for 1 mm, negative ones for a turned axis, and unknown axes for
+    those of an axial scan: a sagittal one would pass for it, and left for right.
+    """
+    name = path.name.lower()
+    if name.endswith((".mha", ".mhd")):
+        spacing, direction = _metaimage_geometry(path)
+    elif name.endswith((".nii", ".nii.gz")):
+        spacing, direction = _nifti_geometry(path)
+    else:
+        spacing, direction = _nrrd_geometry(path)
+    _check_spacing(path, spacing)
+    if direction:
+        raise VolumeError(path, direction, "a geometry that tells how the patient lies", "Export it again from DICOM.")
+
+
+def _check_spacing(path: str | Path, spacing_mm: Sequence[float]) -> None:
+    if not spacing_mm or not all(math.isfinite(length) and length > 0 for length in spacing_mm):
+        found = f"spacing {_numbers(spacing_mm)} mm" if spacing_mm else "no spacing"
+        raise VolumeError(path, found, "positive lengths", "Correct its header, or export it again.")
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+# The next three: the lengths that the header states, NaN for what is no number, and what is wrong with its directions.
+
+
+def _metaimage_geometry(path: Path) -> tuple[list[float], str]:
+    header, _ = _metaimage_header(path)
+    stated = not {"TransformMatrix", "Rotation", "Orientation"}.isdisjoint(header)
+    spacing = header.get("ElementSpacing", header.get("ElementSize", ""))
+    return [_number(text) for text in spacing.split()], "" if stated else "no TransformMatrix"
+
+
+def _nifti_geometry(path: Path) -> tuple[list[float], str]:
+    with open(path, "rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        head = next(_unpacked(path, file) if packed else _blocks(file), b"")
+    order = _nifti_byte_order(path, head)
+    (dimensions,) = struct.unpack_from(order + "h", head, 40)
+    spacing = list(struct.unpack_from(order + "3f", head, 80))[: max(0, dimensions)]
+    qform, sform = struct.unpack_from(order + "2h", head, 252)
+    quaternion, affine = struct.unpack_from(order + "6f", head, 256), struct.unpack_from(order + "12f", head, 280)
+    if qform <= 0 and sform <= 0:
+        return spacing, f"no orientation (qform_code {qform}, sform_code {sform})"
+    if not np.all(np.isfinite((quaternion if qform > 0 else ()) + (affine if sform > 0 else ()))):
+        return spacing, "an orientation that isn't finite"
+    lengths = np.linalg.norm(np.reshape(affine, (3, 4))[:, :3], axis=0)
+    # With a qform, the spacing is the one it was made with, and the sform may lead into the space of some atlas.
+    if qform <= 0 and dimensions >= 3 and not np.allclose(lengths, np.abs(spacing), rtol=0.01, atol=0):
+        return spacing, f"a spacing of {_numbers(spacing)} mm beside an sform of {_numbers(lengths)} mm"
+    return spacing, ""
+
+
+def _nrrd_geometry(path: Path) -> tuple[list[float], str]:
+    with open(path, "rb") as file:
+        fields = _nrrd_fields(file)
+    if "sizes" not in fields:
+        raise VolumeError(path, "no NRRD header", "a line 'sizes: ...'", _COPY_AGAIN)
+    if "spacedirections" not in fields:
+        return [_number(text) for text in fields.get("spacings", "").split()], "no space directions"
+    every = re.findall(r"none|\([^)]*\)", fields["spacedirections"])
+    kinds = fields.get("kinds", "").split() or ["domain"] * len(every)
+    # The axis of colours has no direction.
+    vectors = [vector for vector, kind in zip(every, kinds, strict=False) if vector != "none" or kind == "domain"]
+    spacing = [math.hypot(*(_number(text) for text in vector.strip("()").split(","))) for vector in vectors]
+    known = fields.get("space", "").lower() in _NRRD_SPACES or len(vectors) != 3  # other dimensions are told later
+    space = f"the space {fields['space']!r}" if "space" in fields else "a space without a name"
+    return spacing, "" if known else f"directions in {space}"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def check_image(path: str | Path, image: Volume) -> None:
+    """What every scan must fulfil, whatever file it came from.
+
+    Raises:
+        VolumeError: about `path`, for lengths that are not positive, axes that are not at right angles, voxels that are
+            not finite, constant intensities.
+    """
+    _check_spacing(path, image.spacing_mm)
+    # Files keep six digits or more of each cosine.
+    if not np.allclose(image.direction.T @ image.direction, np.eye(3), rtol=0, atol=1e-3):
+        found = f"a sheared or scaled grid (direction {_numbers(image.direction.ravel())})"
+        raise VolumeError(path, found, "axes at right angles", "Resample it to such a grid.")
+    if not np.all(np.isfinite(image.array)):
+        count = int(np.count_nonzero(~np.isfinite(image.array)))
+        raise VolumeError(path, f"{count} voxels that aren't finite", "finite numbers", "Export it again.")
+    if image.array.min() == image.array.max():
+        raise VolumeError(
+            path, f"the constant value {image.array.flat[0]}", "an image with contrast", "Export it again."
+        )
 
 
 def _blocks(file: BinaryIO, size: float = math.inf) -> Iterator[bytes]:
@@ -322,16 +453,30 @@ def write_volume(volume: Volume, path: str | Path) -> None:
     Raises:
         ValueError: `path` does not end in one of VOLUME_SUFFIXES.
     """
+    array = volume.array.astype(np.uint8) if volume.array.dtype == bool else volume.array
+    _write(array, volume, Path(path), channels=False)
+
+
+def write_channels(array: np.ndarray, grid: Volume, path: str | Path) -> None:
+    """Write several values per voxel, such as probabilities, (z, y, x, channels), on the grid of a volume.
+
+    Raises:
+        ValueError: as `write_volume`; another shape than the grid's.
+    """
+    if array.shape[:-1] != grid.array.shape:
+        raise ValueError(f"this grid holds arrays of shape {grid.array.shape} and channels, not {array.shape}")
+    _write(array, grid, Path(path), channels=True)
+
+
+def _write(array: np.ndarray, grid: Volume, path: Path, channels: bool) -> None:
     import SimpleITK as sitk
 
-    path = Path(path)
     if not split_volume_name(path.name)[1]:
         raise ValueError(f"{path}: cannot tell a volume format from the name; expected {' '.join(VOLUME_SUFFIXES)}")
-    array = volume.array.astype(np.uint8) if volume.array.dtype == bool else volume.array
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(volume.spacing_mm)
-    image.SetOrigin(volume.origin_mm)
-    image.SetDirection(volume.direction.ravel())
+    image = sitk.GetImageFromArray(array, isVector=channels)
+    image.SetSpacing(grid.spacing_mm)
+    image.SetOrigin(grid.origin_mm)
+    image.SetDirection(grid.direction.ravel())
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own, because `.mhd` writes two files and its header names the other one.
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))

@@ -75,6 +75,7 @@ class Segmenter:
             turning blurs by its interpolation. Without
             `test_time_augmentation` there is none: models registered earlier do not have it in their record.
     Attributes:
+        settings: those given, with what earlier records lack.
         neighbours: slices on each side that the net sees as channels.
     Raises:
         ValueError: a missing or impossible setting, or a net with an even number of channels.
@@ -86,6 +87,7 @@ class Segmenter:
         if missing:
             raise ValueError(f"a Segmenter needs the settings {list(SETTINGS)}; {missing} are missing")
         self.model = model
+        self.settings = {name: settings[name] for name in SETTINGS}
         self.size = tuple(settings["size"])
         self.keep_aspect = bool(settings["keep_aspect"])
         self.normalisation = settings["normalisation"]

@@ -27,13 +27,10 @@ from scipy import ndimage
 
 from lumbarflow.cohort import SYNTHETIC_MARK
 from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
+from lumbarflow.labels import CANAL_ID, DISC_OFFSET, PARTIAL_OFFSET
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CANAL_ID = 100
-PARTIAL_OFFSET = 100
-DISC_OFFSET = 200
 
 # Level: body height, depth and width (mm), height of the disc below it (mm), then the shares of the lumbar lordosis
 # that its body and the disc below it wedge. The shares of L5 to L1 add up to 1; the thorax bends the other way.
@@ -230,7 +227,9 @@ def anatomy(plan: SeriesPlan, settings: dict) -> dict:
     - `body_height_anterior`, `_middle`, `_posterior`: along the superior axis, through the points at -0.35, 0 and
       +0.35 of the body's nominal depth, from the lower to the upper endplate;
     - `body_depth`: along the posterior axis through the centre, from the anterior to the posterior wall;
-    - `canal_ap`: on the same line, from the canal's anterior to its posterior wall.
+    - `canal_ap`: on the same line, from the canal's anterior to its posterior wall;
+    - `lower_tilt_deg`, `upper_tilt_deg`: of its endplates against the patient's transverse plane, positive where the
+      posterior end is the higher one. The lower tilt of L5 minus the upper of L1 is the lordosis of the lumbar bodies.
 
     Per disc, the same in the frame halfway between its endplates: `height_anterior`, `_middle`, `_posterior`,
     `depth`, `canal_ap`, and `grade` 1 to 5 of its degeneration. `lordosis_deg` is the Cobb angle between the upper
@@ -251,7 +250,13 @@ def anatomy(plan: SeriesPlan, settings: dict) -> dict:
             for name, body in (("L1", lumbar_top), ("S1", sacral_top))
         },
         "vertebrae": [
-            {"id": body.number, "level": body.level, "centre": patient.to_lps(body.frame.y, body.frame.z)}
+            {
+                "id": body.number,
+                "level": body.level,
+                "lower_tilt_deg": math.degrees(body.lower.tilt),
+                "upper_tilt_deg": math.degrees(body.upper.tilt),
+                "centre": patient.to_lps(body.frame.y, body.frame.z),
+            }
             | _measure(patient, body.frame, body.depth, body.distance, "body_")
             for body in patient.vertebrae
         ],

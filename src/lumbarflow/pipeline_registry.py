@@ -13,10 +13,12 @@ from lumbarflow.pipelines import (
     fit,
     ingest,
     leakage,
+    predict,
     preprocess,
     recipes,
     register,
     report,
+    rollback,
     screen,
     synthesize,
     tune,
@@ -48,4 +50,9 @@ def register_pipelines() -> dict[str, Pipeline]:
         "screen": prepared + screen.create_pipeline(),
         "recipes": prepared + recipes.create_pipeline(),
     }
-    return steps | comparisons | {"report": report.create_pipeline(), "train": train, "__default__": train}
+    others = {
+        "predict": predict.create_pipeline(),
+        "report": report.create_pipeline(),
+        "rollback": rollback.create_pipeline(),
+    }
+    return steps | comparisons | others | {"train": train, "__default__": train}

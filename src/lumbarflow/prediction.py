@@ -248,8 +248,8 @@ def predict_scan(
         segmenter: with test-time augmentation as it shall be.
         model: its name and version, for people.
     Returns:
-        Files for a PredictionFolder: the record and, if all went well, the label map in the scan's own format (`.nii.gz`
-        for DICOM) and what else the settings ask for.
+        Files for a PredictionFolder: the record and, if all went well, the label map in the scan's own format
+        (`.nii.gz` for DICOM) and what else the settings ask for.
     """
     start = time.monotonic()
     row: dict[str, Any] = {"scan": source.name, "outcome": SEGMENTED, "model": model}
@@ -370,7 +370,9 @@ def _in_the_way(
     if record is None or unfinished:
         found = f"{there[0]} is there already, and not from here"
     else:
-        found = f"{there[0]} is there already, made by {record['row']['model']} of another scan, model, code or settings"
+        found = (
+            f"{there[0]} is there already, made by {record['row']['model']} of another scan, model, code or settings"
+        )
     expected = f"nothing of that name, or what {model} makes of this scan as it is now"
     what_to_do = "Name another folder with output=DIR, or allow it with overwrite=true."
     return dict(zip(PROBLEM, (found, expected, what_to_do), strict=True))
@@ -402,7 +404,9 @@ def _problem(source: ScanSource, error: Exception) -> VolumeError:
 def _unforeseen(path: str | Path, what: str, error: Exception) -> VolumeError:
     """Nobody foresaw it; still it is only that scan's trouble."""
     found = f"{what} ({type(error).__name__}: {error})"
-    return VolumeError(path, found, "a sagittal MRI of the lumbar spine, and room for its masks", "Open it in a viewer.")
+    return VolumeError(
+        path, found, "a sagittal MRI of the lumbar spine, and room for its masks", "Open it in a viewer."
+    )
 
 
 def _failure(row: Mapping[str, Any], problem: VolumeError) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ class LumbarSegmenter(PythonModel):
         self.record = read_json(context.artifacts[SEGMENTER])
         self.segmenter = Segmenter(load_model(context.artifacts[NETWORK]), self.record["settings"])
 
+    # Paths come as well; but of any other hint, and of none, MLflow warns whenever the model is loaded.
     def predict(
-        self, context: PythonModelContext, model_input: Any, params: Mapping[str, Any] | None = None
+        self, context: PythonModelContext, model_input: np.ndarray, params: Mapping[str, Any] | None = None
     ) -> np.ndarray | dict[str, Any] | list[dict[str, Any]]:
         """Segment one series of slices, one volume, or several.
 
@@ -123,11 +125,13 @@ class LumbarSegmenter(PythonModel):
 
     def _predict_volume(self, path: str, given: Mapping[str, Any], alone: bool) -> dict[str, Any]:
         from lumbarflow import prediction, scans
+        from lumbarflow.imaging import write_channels, write_volume
 
         if given["labels"] not in prediction.LABELS:
             raise ValueError(f"labels is {given['labels']!r}; expected one of {', '.join(prediction.LABELS)}")
         segmenter = self._augmented(given)
-        source = scans.scan_at(_allowed(path))
+        # Within: a link among the files of a volume must not lead out of it either.
+        source = scans.scan_at(_allowed(path), within=os.environ.get(ALLOWED_FOLDER))
         target = None
         if given["output_path"]:
             target = _allowed(str(_target(_allowed(given["output_path"]), source, alone)))
@@ -140,13 +144,16 @@ class LumbarSegmenter(PythonModel):
         if given["output"] == "labels":
             done = prediction.segment_volume(segmenter, image.volume)
             numbered = done.instances() if given["labels"] == "instances" else done.classes
-            values = done.restore(numbered.array).array
+            delivered = done.restore(numbered.array)
+            values = delivered.array
+            write = partial(write_volume, delivered)
         else:
             values = prediction.probabilities(segmenter, image.volume)
+            write = partial(write_channels, values, image.volume)
         if target is None:
             result[given["output"]] = values
         else:
-            prediction.write_on_grid_of(image.volume, values, target)
+            write(target)
             result["written"] = str(target)
         return result | {
             "spacing_mm": list(image.volume.spacing_mm),
@@ -167,9 +174,9 @@ def _paths(model_input: Any) -> str | list[str] | None:
         return str(model_input)
     if isinstance(model_input, np.ndarray) and model_input.dtype.kind in "US":
         return str(model_input) if model_input.ndim == 0 else [str(path) for path in model_input.ravel()]
-    if isinstance(model_input, (list, tuple)) and model_input:
-        if all(isinstance(path, (str, Path)) for path in model_input):
-            return [str(path) for path in model_input]
+    several = isinstance(model_input, (list, tuple)) and len(model_input) > 0
+    if several and all(isinstance(path, (str, Path)) for path in model_input):
+        return [str(path) for path in model_input]
     return None
 
 
@@ -223,13 +230,17 @@ def _slices(model_input: Any) -> np.ndarray:
         "such paths"
     )
     if not isinstance(model_input, (np.ndarray, list, tuple)):
-        raise ValueError(f"the input is a {type(model_input).__name__}; {expected}. Convert it, or pass the file's path.")
+        raise ValueError(
+            f"the input is a {type(model_input).__name__}; {expected}. Convert it, or pass the file's path."
+        )
     try:
         slices = np.asarray(model_input)
     except ValueError:
         raise ValueError(f"the input is a list of unequal rows; {expected}. Make all slices equally large.") from None
     if not (np.issubdtype(slices.dtype, np.integer) or np.issubdtype(slices.dtype, np.floating)):
-        raise ValueError(f"the input holds values of type {slices.dtype}; {expected}; numbers must be real. Convert it.")
+        raise ValueError(
+            f"the input holds values of type {slices.dtype}; {expected}; numbers must be real. Convert it."
+        )
     if slices.ndim != 3:
         raise ValueError(f"the input has the shape {slices.shape}; {expected}. Pass a single slice as slices[None].")
     return slices

@@ -13,8 +13,6 @@ from lumbarflow.prediction import PredictionFolder
 from lumbarflow.scans import ScanSource, find_scans
 from lumbarflow.store import Work
 
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -38,6 +36,12 @@ class ScanFolderDataset(AbstractDataset[None, list[ScanSource]]):
         self.metadata = metadata
 
     def load(self) -> list[ScanSource]:
+        if self._without and self._path.resolve().is_relative_to(self._without.resolve()):
+            # The next run would take masks for scans.
+            raise DatasetError(
+                f"{self._path}: the scans lie in the output folder {self._without}; expected a folder of its own for "
+                "the masks, which may lie below the scans'. Name another one with output=DIR."
+            )
         found = find_scans(self._path, self._without)
         for what, number in found.passed_over.items():
             logger.info("%s: passed over %d %s", self._path, number, what)

@@ -47,6 +47,6 @@ def check_predictions(predictions: pd.DataFrame, index: pd.DataFrame) -> None:
     logger.info("%d scans segmented, %d not", len(rows) - len(left), len(left))
     if len(left):
         raise ValueError(
-            f"{len(left)} of {len(rows)} scans were not segmented, such as {left['scan'].iloc[0]}; the reasons stand in "
-            "predictions.csv. The others are done."
+            f"{len(left)} of {len(rows)} scans were not segmented, such as {left['scan'].iloc[0]}; the reasons stand "
+            "in predictions.csv. The others are done."
         )

@@ -15,6 +15,8 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "model",
                     "model_input",
                     "metrics_by_class",
+                    "metrics_by_case",
+                    "metrics_intervals",
                     "evaluation_summary",
                     "params:evaluation",
                     "params:registration",

@@ -24,6 +24,7 @@ import lumbarflow
 from lumbarflow import registry
 from lumbarflow.backend import load_keras
 from lumbarflow.files import value_digest
+from lumbarflow.imaging import LabelMap, read_volume, write_volume
 from lumbarflow.inference import Segmenter
 from lumbarflow.promotion import ModelFacts
 from lumbarflow.registry import Figures, check_settings, rollback
@@ -396,7 +397,7 @@ def test_figures_must_have_intervals(store, network):
 
 @pytest.fixture
 def register_facts(store, request, monkeypatch):
-    """Register versions without nets, from facts good enough and what differs: for what happens after a model is logged."""
+    """Register versions without nets, from facts good enough and what differs: what happens after a model is logged."""
     name = request.node.name
     known = {}
 
@@ -744,15 +745,35 @@ params = {"pixel_spacing_mm": [1.0, 0.5]}
 slices = np.load(folder / "slices.npy")
 np.save(folder / "labels.npy", model.predict(slices, params=params))
 np.save(folder / "probabilities.npy", model.predict(slices, params=params | {"output": "probabilities"}))
+paths = [str(folder / name) for name in ("scan.nii.gz", "absent.mha", "exam")]
+answers = model.predict(paths, params={"output_path": str(folder / "masks")})
+numbered = model.predict(paths[0], params={"labels": "instances", "test_time_augmentation": "off"})
+np.save(folder / "numbered.npy", numbered["labels"])
+(folder / "answers.json").write_text(json.dumps(answers))
 import lumbarflow
 (folder / "seen.json").write_text(json.dumps({"lumbarflow": lumbarflow.__file__, "modules": sorted(sys.modules)}))
 """
 
 
-def assert_pulled_equals_pipeline(python, model_uri, network, folder, environment=None):
+def contrast(shape):
+    """Noise with a bright block in it, which neither blur nor test-time augmentation averages away."""
+    values = np.random.default_rng(1).integers(0, 900, shape).astype(np.int16)
+    values[(..., *(slice(n * 3 // 10, n * 7 // 10) for n in shape[1:]))] += 900
+    return values
+
+
+@pytest.fixture
+def scan_files(tmp_path, make_volume, make_dicom):
+    """An oblique volume as a NIfTI file and as a folder of DICOM; returns the volume."""
+    volume = make_volume((15, 20, 17), values=contrast((15, 20, 17)))
+    write_volume(volume, tmp_path / "scan.nii.gz")
+    make_dicom(tmp_path / "exam", volume)
+    return volume
+
+
+def assert_pulled_equals_pipeline(python, model_uri, network, folder, volume, environment=None):
     """Predict in another process, started in `folder`, and compare voxel by voxel with the pipeline's Segmenter."""
-    slices = np.random.default_rng(1).integers(0, 900, (3, 20, 30)).astype(np.int16)
-    slices[:, 6:14, 9:21] += 900  # neither blur nor test-time augmentation averages this away
+    slices = contrast((3, 20, 30))
     np.save(folder / "slices.npy", slices)
     (folder / "pulled.py").write_text(PULLED)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "MLFLOW", "KERAS"))}
@@ -767,30 +788,41 @@ def assert_pulled_equals_pipeline(python, model_uri, network, folder, environmen
     np.testing.assert_array_equal(
         np.load(folder / "probabilities.npy"), segmenter.probabilities(slices, tuple(SPACING))
     )
+    expected = segmenter.segment(read_volume(folder / "scan.nii.gz")).array
+    assert set(np.unique(expected)) == {0, 1, 2, 3}
+    answers = json.loads((folder / "answers.json").read_text())
+    assert [sorted(answer)[0] for answer in answers] == ["direction", "error", "direction"]
+    for answer, name in ((answers[0], "scan_seg.nii.gz"), (answers[2], "exam_1_seg.nii.gz")):
+        assert answer["written"] == str(folder / "masks" / name)
+        mask = read_volume(answer["written"], LabelMap)
+        np.testing.assert_array_equal(mask.array, expected)
+        np.testing.assert_allclose(mask.direction, volume.direction, atol=1e-6)
+    plain = segmenter.with_test_time_augmentation({}).segment(read_volume(folder / "scan.nii.gz")).array
+    numbered = np.load(folder / "numbered.npy")
+    np.testing.assert_array_equal(np.digitize(numbered, [1, 100, 101]), plain)  # ids -> classes
     seen = json.loads((folder / "seen.json").read_text())
     assert not {"kedro", "kedro_mlflow"} & set(seen["modules"])
     return Path(seen["lumbarflow"])
 
 
-def test_pulled_model_needs_neither_kedro_nor_the_checkout(store, logged, network, tmp_path):
+def test_pulled_model_needs_neither_kedro_nor_the_checkout(store, logged, network, tmp_path, scan_files):
     source = assert_pulled_equals_pipeline(
         sys.executable,
         "models:/logged@champion",
         network,
         tmp_path,
+        scan_files,
         {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()},
     )
     assert source.is_relative_to(store.database.parent / "artifacts")
 
 
 @pytest.mark.integration
-def test_pulled_model_works_with_its_recorded_requirements_alone(logged, network, tmp_path):
+def test_pulled_model_works_with_its_recorded_requirements_alone(logged, network, tmp_path, scan_files):
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     python = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
     requirements = str(logged.folder / "requirements.txt")
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True, timeout=1200)
-    working = tmp_path / "working"
-    working.mkdir()
-    source = assert_pulled_equals_pipeline(python, str(logged.folder), network, working)
+    source = assert_pulled_equals_pipeline(python, str(logged.folder), network, tmp_path, scan_files)
     assert source == logged.folder / "code" / "lumbarflow" / "__init__.py"

@@ -1,4 +1,4 @@
-"""The registry on real servers: `mlflow server` on loopback, over SQLite and over PostgreSQL."""
+"""Real servers on loopback: the registry behind `mlflow server`, over SQLite and PostgreSQL; `mlflow models serve`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -19,9 +20,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
+import numpy as np
 import pytest
 
 from lumbarflow import registry
+from lumbarflow.imaging import read_volume, write_volume
+from lumbarflow.inference import Segmenter
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +37,7 @@ _spec = importlib.util.spec_from_file_location("registry_helpers", Path(__file__
 helpers = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = helpers
 _spec.loader.exec_module(helpers)
-network = helpers.network
+network, store, logged = helpers.network, helpers.store, helpers.logged
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +64,7 @@ def server(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
     database = f"sqlite:///{folder}/mlflow.db"
     if request.param == "postgresql":
         database = request.getfixturevalue("postgres_database")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     uri, log = f"http://127.0.0.1:{port}", folder / "server.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | {
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -89,6 +91,12 @@ def server(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
     finally:
         mlflow.set_tracking_uri(before)
         _end(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _wait_for(uri: str, process: subprocess.Popen, log: Path) -> None:
@@ -189,3 +197,75 @@ def test_former_champion_that_was_deleted_is_named(server):
     client.delete_model_version("gone", "1")
     with pytest.raises(ValueError, match=r"version 1, which held the alias champion before version 2, is gone"):
         registry.rollback(helpers.registration("gone"))
+
+
+@pytest.fixture
+def served(logged, tmp_path) -> Iterator[SimpleNamespace]:
+    """The model behind `mlflow models serve`, which may use one folder."""
+    allowed, log, port = tmp_path / "allowed", tmp_path / "serve.log", _free_port()
+    allowed.mkdir()
+    uri = f"http://127.0.0.1:{port}"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "LUMBARFLOW_ALLOWED_FOLDER": str(allowed),
+        # It looks for uvicorn by name.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    arguments = ["-m", str(logged.folder), "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "models", "serve", *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_for(uri, process, log)
+        yield SimpleNamespace(uri=uri, allowed=allowed)
+    finally:
+        _end(process)
+
+
+def _invoke(served: SimpleNamespace, inputs, params) -> tuple[int, dict]:
+    """As the documentation's curl does."""
+    request = urllib.request.Request(
+        f"{served.uri}/invocations",
+        json.dumps({"inputs": inputs, "params": params}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_a_served_model_answers_slices_and_paths_in_its_folder_alone(served, network, make_volume, tmp_path):
+    from lumbarflow.networks import load_model
+
+    segmenter = Segmenter(load_model(network), helpers.SETTINGS)
+    slices = helpers.contrast((3, 20, 30))
+    status, answer = _invoke(served, slices.tolist(), {"pixel_spacing_mm": helpers.SPACING})
+    assert status == 200
+    np.testing.assert_array_equal(answer["predictions"], segmenter.labels(slices, tuple(helpers.SPACING)))
+
+    volume = make_volume((15, 20, 17), values=helpers.contrast((15, 20, 17)))
+    write_volume(volume, served.allowed / "scan.mha")
+    write_volume(volume, tmp_path / "outside.mha")
+    expected = segmenter.segment(volume).array
+    assert len(np.unique(expected)) == 4
+    status, answer = _invoke(served, str(served.allowed / "scan.mha"), {})
+    assert status == 200
+    np.testing.assert_array_equal(answer["predictions"]["labels"], expected)
+    status, answer = _invoke(served, str(served.allowed / "scan.mha"), {"output_path": str(served.allowed)})
+    assert status == 200
+    np.testing.assert_array_equal(read_volume(answer["predictions"]["written"]).array, expected)
+
+    for path in (tmp_path / "outside.mha", served.allowed / "../outside.mha"):
+        status, answer = _invoke(served, str(path), {})
+        assert status == 400 and "is not in the allowed folder" in answer["message"]
+    status, answer = _invoke(served, str(served.allowed / "scan.mha"), {"output_path": str(tmp_path / "mask.mha")})
+    assert status == 400 and not (tmp_path / "mask.mha").exists()
+    status, answer = _invoke(served, slices.tolist(), {})
+    assert status == 400 and "pixel_spacing_mm is missing" in answer["message"]

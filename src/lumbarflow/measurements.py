@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 HEIGHTS = {"anterior": -0.35, "middle": 0.0, "posterior": 0.35}
 LUMBAR = 5  # vertebrae, from the lowest up: L5 to L1, if the lowest is L5
 
-_STRETCH = 0.38  # of depth or height, to either side: where a wall or an endplate is fitted
+_STRETCH = 0.38  # of the height, to either side: where a wall is fitted
+_PLATE_STRETCH = 0.42  # of the depth, to either side: where an endplate is fitted
 _BAND_MM = 6.0  # of slices to either side of the middle that take part in a fit
+_CORNER_MM = 1.5  # before each wall, at least, where an endplate is not fitted
 _CANAL_STRETCH_MM = 6.0  # of canal wall, up and down, that takes part in a fit
 _MIDLINE_STRETCH_MM = 8.0  # of canal, up and down, whose symmetry gives the middle
 _FACING = 0.3  # how far a step of the grid may lead back into what its wall bounds, share of a pixel
 _FEWEST = 3  # steps that tell where a wall is
-_BENDS_FROM = 2.5  # pixels of stretch: fewer do not tell how a wall bends
+_POWERS_FROM = (2.5, 12.0)  # pixels of stretch that tell how a wall bends, and how it bends back towards its ends
 _ROUNDS = 6  # until a frame has settled; it does after three
 
 _CUT = "cut by the image's edge"
@@ -163,23 +165,23 @@ class _Steps:
         local = frame.to_local(self.points[:, 1:])
         over, place, x = local[:, 1 - axis], local[:, axis], self.points[:, 0] - middle_mm
         across = side * (self.outward @ frame.axes[axis])
-        bends = stretch_mm >= _BENDS_FROM * self.pixel_mm
-        least = (-_FACING if bends else _FACING) * self.pixel_mm
+        powers = sum(stretch_mm >= pixels * self.pixel_mm for pixels in _POWERS_FROM)
+        least = (-_FACING if powers else _FACING) * self.pixel_mm
         taken = (across > least) & (np.abs(over) <= stretch_mm) & (side * place >= from_mm)
         # A step from one column to the next tells the height of a level wall far better than one from row to row.
-        weight = 1 / np.maximum(np.abs(across), 0.2 * self.pixel_mm)
+        weight = 1 / np.maximum(np.abs(across), 0.1 * self.pixel_mm)
         if taken.sum() < _FEWEST:
             return None
-        return _fitted(over[taken], x[taken], place[taken], weight[taken], self.pixel_mm, bends)
+        return _fitted(over[taken], x[taken], place[taken], weight[taken], self.pixel_mm, 2 * powers)
 
 
-def _fitted(over, x, place, weight, pixel_mm: float, bends: bool) -> np.ndarray:
-    """Weighted least squares of 1, x, x^2 and, where it bends, t, t^2, with as many powers of x as slices allow.
+def _fitted(over, x, place, weight, pixel_mm: float, degree: int) -> np.ndarray:
+    """Weighted least squares of 1, x, x^2 and t to its power `degree`, with as many powers of x as slices allow.
 
     What lies far off the rest (an osteophyte, a hole) does not count.
     """
     scale = float(np.abs(over).max()) or 1.0
-    terms = [np.ones_like(over), over / scale, np.square(over / scale)][: 3 if bends else 1]
+    terms = [(over / scale) ** power for power in range(degree + 1)]
     terms += [x / _BAND_MM, np.square(x / _BAND_MM)][: len(np.unique(np.round(x, 6))) - 1]
     design = np.stack(terms, axis=1)
     taken = np.ones(len(over), bool)
@@ -190,11 +192,16 @@ def _fitted(over, x, place, weight, pixel_mm: float, bends: bool) -> np.ndarray:
         before, taken = taken, residual <= max(1.25 * pixel_mm, 4 * float(np.median(residual)))
         if np.array_equal(before, taken):
             break
-    return solution[:3] / (1, scale, scale**2) if bends else np.array([solution[0], 0.0, 0.0])
+    return solution[: degree + 1] / scale ** np.arange(degree + 1)
 
 
 def _at(curve: np.ndarray, position: float) -> float:
-    return float(curve[0] + position * (curve[1] + position * curve[2]))
+    return float(np.polynomial.polynomial.polyval(position, curve))
+
+
+def _slope(curve: np.ndarray, reach: float) -> float:
+    """Of the straight line through a curve's points at -reach and reach."""
+    return (_at(curve, reach) - _at(curve, -reach)) / (2 * reach)
 
 
 # --- The scan and its parts -----------------------------------------------------------------------------------------
@@ -223,7 +230,7 @@ class _Scan:
         self.canal_steps = self.canal_mask = None
         if box := self.boxes.get(CANAL_ID):
             self.canal_box = box
-            self.canal_mask = self.array[box] == CANAL_ID
+            self.canal_mask = _largest(self.array[box] == CANAL_ID)  # without the specks of a drawn or predicted one
             self.canal_steps = self.steps(self.canal_mask, box)
 
     def lps(self, point) -> tuple[float, float, float]:
@@ -282,7 +289,8 @@ class _Scan:
                 apex = -curve[1] / (2 * curve[0])
                 ends = self.canal_box[0].start + np.flatnonzero(seen)[[0, -1]]
                 goes_on = ends[0] == 0 or ends[1] == self.array.shape[0] - 1
-                if goes_on or abs(apex) <= np.ptp(x[seen]) / 2:
+                falls = squares[seen].min() < squares.max() / 2
+                if x[seen][0] <= centre + apex <= x[seen][-1] or (goes_on and falls):
                     return centre + float(apex)
         return centre
 
@@ -371,7 +379,7 @@ class _Outline:
 
     def slope(self, plate: np.ndarray) -> float:
         """Tilt (radians) of an endplate: of the straight line through its points at the same distance either side."""
-        return self.frame.tilt + math.atan(plate[1])
+        return self.frame.tilt + math.atan(_slope(plate, HEIGHTS["posterior"] * self.depth))
 
 
 def _neighbours(parts: list[_Part], place: int) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
@@ -387,8 +395,9 @@ def _outline(scan: _Scan, part: _Part, below, above) -> _Outline | None:
     tilt = math.atan2(below[0] - above[0], above[1] - below[1]) if above != below else 0.0
     frame = _Frame(*part.centroid, tilt)
     depth = float(np.ptp(frame.to_local(part.steps.points[:, 1:])[:, 0]))
+    along = _STRETCH * depth
     for _ in range(_ROUNDS):
-        lower, upper = (part.steps.wall(frame, part.middle_mm, 1, side, _STRETCH * depth) for side in (-1, 1))
+        lower, upper = (part.steps.wall(frame, part.middle_mm, 1, side, along) for side in (-1, 1))
         if lower is None or upper is None or upper[0] <= lower[0]:
             return None
         height, walls = upper[0] - lower[0], []
@@ -401,11 +410,14 @@ def _outline(scan: _Scan, part: _Part, below, above) -> _Outline | None:
         front, back = walls
         if front is None or back is None:
             return None
-        depth = back[0] - front[0]
-        if part.structure == "vertebra":
-            depth += float(height**2 / 4 * (back[2] - front[2]))
+        # The mean of both ends of a waist, unless it flares into osteophytes.
+        narrow = back[0] - front[0]
+        wide = float(np.mean([_at(back, w) - _at(front, w) for w in (-_STRETCH * height, _STRETCH * height)]))
+        depth = float(np.clip(wide, narrow, 1.08 * narrow))
+        # Long stretches tell a tilt better, but the walls must stay out, a waist's among them, and the round corners.
+        along = min(_PLATE_STRETCH * depth, narrow / 2 - max(scan.pixel_mm, _CORNER_MM))
         outline = _Outline(frame, lower, upper, front, back, depth)
-        tilt = frame.tilt + (math.atan(lower[1]) + math.atan(upper[1])) / 2
+        tilt = frame.tilt + sum(math.atan(_slope(plate, HEIGHTS["posterior"] * depth)) for plate in (lower, upper)) / 2
         frame = _Frame(*frame.to_plane((front[0] + back[0]) / 2, (lower[0] + upper[0]) / 2), tilt)
     return outline
 
@@ -469,8 +481,9 @@ def _lordosis(scan: _Scan, parts: list[_Part], outlines: list[_Outline | None]) 
     degrees = math.degrees(below.slope(below.lower) - above.slope(above.upper))
 
     def line(part: _Part, outline: _Outline, plate: np.ndarray) -> tuple:
-        places = (-outline.depth / 2, outline.depth / 2)
-        at = [outline.frame.to_plane(u, plate[0] + plate[1] * u) for u in places]
+        reach = HEIGHTS["posterior"] * outline.depth
+        middle, slope = (_at(plate, reach) + _at(plate, -reach)) / 2, _slope(plate, reach)
+        at = [outline.frame.to_plane(u, middle + slope * u) for u in (-outline.depth / 2, outline.depth / 2)]
         return tuple(scan.lps((part.middle_mm, *point)) for point in at)
 
     names = [f"L{LUMBAR + 1 - part.number}" for part in (highest, lowest)]

@@ -110,6 +110,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("overwrite", "preview", "measurements", "dicom_segmentation", "disagreement"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"predict.{name} is {settings[name]!r}; expected true or false")
+    if settings["dicom_segmentation"]:
+        from lumbarflow.dicom_segmentation import require_highdicom
+
+        require_highdicom()
     if not 0 <= settings["low_confidence"] <= 1:
         raise ValueError(f"predict.low_confidence is {settings['low_confidence']}; expected a number from 0 to 1")
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from lumbarflow import prediction
 from lumbarflow.prediction import PredictionFolder
+from lumbarflow.registry import RegisteredModel
 from lumbarflow.scans import ScanSource
 from lumbarflow.store import Work
-
-if TYPE_CHECKING:
-    from lumbarflow.registry import RegisteredModel
 
 logger = logging.getLogger(__name__)
 

@@ -148,6 +148,17 @@ def test_posterior_elements_joined_to_the_body_do_not_count():
     assert found == pytest.approx(alone)
 
 
+def test_holes_and_specks_change_nothing():
+    shapes = {1: block(34, 26, 5), 100: tube(21, 15, 5)}
+    flawed = drawn(shapes)
+    before = values(measure(flawed), "vertebra", 1)
+    row, column = round(-MIDDLE[2] / SPACING_MM[1]), round(MIDDLE[1] / SPACING_MM[2])
+    flawed.array[2:5, row - 4 : row + 3, column - 2 : column + 5] = 0  # a hole
+    flawed.array[3, 20:22, 30:33] = 1  # specks, one of them of canal in front of the body
+    flawed.array[3, row, column - 22] = 100
+    assert values(measure(flawed), "vertebra", 1) == pytest.approx(before)
+
+
 def test_the_middle_is_found_where_thin_slices_cover_one_side_of_the_canal():
     # Slices of 1 mm from 2 mm left of the middle to 16 mm right of it; the area alone would put it 4 mm off.
     size, spacing_mm = (19, 110, 100), (1.0, 0.9, 1.1)
@@ -216,6 +227,16 @@ def test_a_canal_that_ends_above_is_not_measured_below():
     assert math.isnan(value(found, "canal_ap", number=1))
     assert value(found, "canal_ap", number=2) == pytest.approx(15, abs=0.35)
     assert value(found, "body_depth", number=1) == pytest.approx(34, abs=0.35)
+
+
+def test_a_chord_that_ends_off_the_outline_is_doubtful():
+    # A bay of 9 mm in the middle of the upper endplate, which no smooth curve follows.
+    def bitten(x, y, z):
+        return block(34, 26, 5)(x, y, z) & ~((np.abs(y) < 4.5) & (z > 0))
+
+    found = {one.quantity: one.note for one in measure(drawn({1: bitten, 100: tube(21, 15, 5)}))[:-1]}
+    assert found["body_height_middle"] == "doubtful: an end lies off the outline"
+    assert found["body_depth"] == found["canal_ap"] == ""
 
 
 def test_a_speck_is_too_little():

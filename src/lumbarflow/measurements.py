@@ -5,7 +5,7 @@ of symmetry at each level. Definitions with their sources, accuracy and limits: 
 
 A wall is not where a voxel happens to end. A smooth curve is fitted to all the places where neighbouring voxels differ,
 over a stretch of wall and the slices around the middle, so that the steps of the grid average out: a chord is then
-wrong by a tenth of a pixel on average, and by a whole one at most where a wall runs exactly along the grid.
+wrong by a tenth of a pixel on average, and by almost a whole one only where two walls run exactly along the grid.
 
 Coordinates below are those of the sagittal grid in mm: x along the slices, y posterior along the columns, z superior
 against the rows. The slices, not the scanner's LPS axes, tell the sagittal plane: they are laid along the spine.
@@ -34,17 +34,22 @@ LUMBAR = 5  # vertebrae, from the lowest up: L5 to L1, if the lowest is L5
 _STRETCH = 0.38  # of the height, to either side: where a wall is fitted
 _PLATE_STRETCH = 0.42  # of the depth, to either side: where an endplate is fitted
 _BAND_MM = 6.0  # of slices to either side of the middle that take part in a fit
-_CORNER_MM = 1.5  # before each wall, at least, where an endplate is not fitted
+_CORNER_MM = 2.0  # before each wall, at least, where an endplate is not fitted
 _CANAL_STRETCH_MM = 6.0  # of canal wall, up and down, that takes part in a fit
 _MIDLINE_STRETCH_MM = 8.0  # of canal, up and down, whose symmetry gives the middle
-_FACING = 0.3  # how far a step of the grid may lead back into what its wall bounds, share of a pixel
+_FACING = 0.3  # of a pixel: how far a step may lead back inside, as those along a level wall do
 _FEWEST = 3  # steps that tell where a wall is
 _POWERS_FROM = (2.5, 12.0)  # pixels of stretch that tell how a wall bends, and how it bends back towards its ends
+_OFF_PIXELS = 2.0  # from the nearest step: farther off, a wall is not what its curve says
 _ROUNDS = 6  # until a frame has settled; it does after three
+
+_IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([False, True, False])[:, None, None]
 
 _CUT = "cut by the image's edge"
 _OUTSIDE = "the middle of the canal lies outside the slices"
 _TOO_FEW = "too few voxels in the middle slices"
+_NO_OUTLINE = "no two endplates and two walls in the middle slices"
+_OFF = "doubtful: an end lies off the outline"
 _NO_CANAL = "no canal at this level"
 _OWN_MIDDLE = "no canal at this level: taken in the structure's own middle"
 
@@ -153,36 +158,50 @@ class _Steps:
     pixel_mm: float
 
     def wall(
-        self, frame: _Frame, middle_mm: float, axis: int, side: int, stretch_mm: float, from_mm: float = 0.0
+        self,
+        frame: _Frame,
+        middle_mm: float,
+        axis: int,
+        side: int,
+        stretch_mm: float,
+        from_mm: float = 0.0,
+        across: int = 1,
     ) -> np.ndarray | None:
-        """The quadratic of the wall that faces `side` (-1, 1) of a frame's axis (0: u, 1: w); None with too few steps.
+        """The curve of the wall that faces `side` (-1, 1) of a frame's axis (0: u, 1: w); None with too few steps.
 
-        Only steps within `stretch_mm` along the other axis take part, and beyond `from_mm` along this one.
+        `across` is its degree over the slices: 1 for bodies and discs, which are wide, 2 for the canal. Only steps
+        within `stretch_mm` along the other axis take part, and beyond `from_mm` along this one.
 
         Returns:
-            (3,): place on the axis, slope and curvature over the other axis, in the plane x = middle_mm.
+            (1 + degree,): coefficients of the place on the axis over the other axis, in the plane x = middle_mm. The
+            degree is 4, but 2 or 0 where the stretch has few pixels.
         """
         local = frame.to_local(self.points[:, 1:])
         over, place, x = local[:, 1 - axis], local[:, axis], self.points[:, 0] - middle_mm
-        across = side * (self.outward @ frame.axes[axis])
+        outwards = side * (self.outward @ frame.axes[axis])
         powers = sum(stretch_mm >= pixels * self.pixel_mm for pixels in _POWERS_FROM)
+        # A constant has no slope for the steps that lead along a wall.
         least = (-_FACING if powers else _FACING) * self.pixel_mm
-        taken = (across > least) & (np.abs(over) <= stretch_mm) & (side * place >= from_mm)
+        taken = (outwards > least) & (np.abs(over) <= stretch_mm) & (side * place >= from_mm)
         # A step from one column to the next tells the height of a level wall far better than one from row to row.
-        weight = 1 / np.maximum(np.abs(across), 0.1 * self.pixel_mm)
+        weight = 1 / np.maximum(np.abs(outwards), 0.2 * self.pixel_mm)
         if taken.sum() < _FEWEST:
             return None
-        return _fitted(over[taken], x[taken], place[taken], weight[taken], self.pixel_mm, 2 * powers)
+        return _fitted(over[taken], x[taken], place[taken], weight[taken], self.pixel_mm, 2 * powers, across)
+
+    def distance(self, place: np.ndarray) -> float:
+        """From a place (y, z) to the nearest step in the plane, in mm."""
+        return float(np.sqrt(np.square(self.points[:, 1:] - place).sum(axis=1).min()))
 
 
-def _fitted(over, x, place, weight, pixel_mm: float, degree: int) -> np.ndarray:
-    """Weighted least squares of 1, x, x^2 and t to its power `degree`, with as many powers of x as slices allow.
+def _fitted(over, x, place, weight, pixel_mm: float, degree: int, across: int) -> np.ndarray:
+    """Weighted least squares of the powers of t up to `degree` and of x up to `across`, if there are slices enough.
 
     What lies far off the rest (an osteophyte, a hole) does not count.
     """
     scale = float(np.abs(over).max()) or 1.0
     terms = [(over / scale) ** power for power in range(degree + 1)]
-    terms += [x / _BAND_MM, np.square(x / _BAND_MM)][: len(np.unique(np.round(x, 6))) - 1]
+    terms += [x / _BAND_MM, np.square(x / _BAND_MM)][: min(len(np.unique(np.round(x, 6))) - 1, across)]
     design = np.stack(terms, axis=1)
     taken = np.ones(len(over), bool)
     for _ in range(3):
@@ -360,7 +379,9 @@ def _largest(mask: np.ndarray) -> np.ndarray:
     labels, count = ndimage.label(mask)
     if count > 1:
         mask = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
-    return np.stack([ndimage.binary_fill_holes(plane) for plane in mask])
+    # Of a plane with a margin, all but its outside is the piece with its holes. (Far faster than SciPy's own filling.)
+    outside, _ = ndimage.label(~np.pad(mask, ((0, 0), (1, 1), (1, 1))), _IN_PLANE)
+    return (outside != outside[:, :1, :1])[:, 1:-1, 1:-1]
 
 
 # --- Measuring ------------------------------------------------------------------------------------------------------
@@ -368,14 +389,14 @@ def _largest(mask: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Outline:
-    """The four walls of a body or disc in its own frame, as quadratics over the other axis."""
+    """The four walls of a body or disc in its own frame, as polynomials over the other axis."""
 
     frame: _Frame
     lower: np.ndarray
     upper: np.ndarray
     front: np.ndarray
     back: np.ndarray
-    depth: float  # between the corners of a body, the walls of a disc: what places the heights
+    depth: float  # places the heights
 
     def slope(self, plate: np.ndarray) -> float:
         """Tilt (radians) of an endplate: of the straight line through its points at the same distance either side."""
@@ -403,17 +424,18 @@ def _outline(scan: _Scan, part: _Part, below, above) -> _Outline | None:
         height, walls = upper[0] - lower[0], []
         for side in (-1, 1):
             # A wedge has less wall at one end; beyond it, the stretch would hold steps of the endplates.
-            end = side * depth / 2
-            wall_mm = _at(upper, end) - _at(lower, end)
-            stretch = max(min(_STRETCH * wall_mm, wall_mm / 2 - 0.6 * scan.pixel_mm), 0.5 * scan.pixel_mm)
+            wall_mm = min(_at(upper, u) - _at(lower, u) for u in (side * along, side * depth / 2))
+            stretch = max(min(_STRETCH * wall_mm, wall_mm / 2 - 0.6 * scan.pixel_mm), 0.75 * scan.pixel_mm)
             walls.append(part.steps.wall(frame, part.middle_mm, 0, side, stretch, from_mm=0.3 * depth))
         front, back = walls
         if front is None or back is None:
             return None
-        # The mean of both ends of a waist, unless it flares into osteophytes.
-        narrow = back[0] - front[0]
-        wide = float(np.mean([_at(back, w) - _at(front, w) for w in (-_STRETCH * height, _STRETCH * height)]))
-        depth = float(np.clip(wide, narrow, 1.08 * narrow))
+        depth = narrow = float(back[0] - front[0])
+        if part.structure == "vertebra":
+            # The mean of both ends of the waist, unless it flares into osteophytes.
+            ends = (-_STRETCH * height, _STRETCH * height)
+            wide = float(np.mean([_at(back, w) - _at(front, w) for w in ends]))
+            depth = float(np.clip(wide, narrow, 1.08 * narrow))
         # Long stretches tell a tilt better, but the walls must stay out, a waist's among them, and the round corners.
         along = min(_PLATE_STRETCH * depth, narrow / 2 - max(scan.pixel_mm, _CORNER_MM))
         outline = _Outline(frame, lower, upper, front, back, depth)
@@ -426,24 +448,28 @@ def _chords(scan: _Scan, part: _Part, outline: _Outline | None) -> list[Measurem
     prefix = "body_" if part.structure == "vertebra" else ""
     names = [f"{prefix}height_{place}" for place in HEIGHTS] + [f"{prefix}depth", "canal_ap"]
     if outline is None:
-        note = part.note if part.steps is None else _TOO_FEW
+        note = part.note if part.steps is None else _NO_OUTLINE
         return [Measurement(part.structure, part.number, name, math.nan, "mm", (), note) for name in names]
     frame = outline.frame
 
-    def chord(name: str, first, last, middle_mm: float) -> Measurement:
-        ends = tuple(scan.lps((middle_mm, *frame.to_plane(*end))) for end in (first, last))
-        return Measurement(part.structure, part.number, name, math.dist(first, last), "mm", ends, part.note)
+    def chord(name: str, first, last, middle_mm: float, steps: _Steps) -> Measurement:
+        places = [frame.to_plane(*end) for end in (first, last)]
+        ends = tuple(scan.lps((middle_mm, *place)) for place in places)
+        doubtful = max(map(steps.distance, places)) > _OFF_PIXELS * scan.pixel_mm
+        note = "; ".join(filter(None, (part.note, _OFF if doubtful else "")))
+        return Measurement(part.structure, part.number, name, math.dist(first, last), "mm", ends, note)
 
     found = []
     for name, share in zip(names, HEIGHTS.values(), strict=False):
         u = share * outline.depth
-        found.append(chord(name, (u, _at(outline.lower, u)), (u, _at(outline.upper, u)), part.middle_mm))
-    found.append(chord(names[3], (_at(outline.front, 0), 0.0), (_at(outline.back, 0), 0.0), part.middle_mm))
-    walls = _canal_walls(scan, outline)
-    if walls is None:
+        found.append(chord(name, (u, _at(outline.lower, u)), (u, _at(outline.upper, u)), part.middle_mm, part.steps))
+    walls = (_at(outline.front, 0), 0.0), (_at(outline.back, 0), 0.0)
+    found.append(chord(names[3], *walls, part.middle_mm, part.steps))
+    canal = _canal_walls(scan, outline)
+    if canal is None:
         return [*found, Measurement(part.structure, part.number, names[4], math.nan, "mm", (), _NO_CANAL)]
-    middle, front, back = walls
-    return [*found, chord(names[4], (front, 0.0), (back, 0.0), middle)]
+    middle, front, back = canal
+    return [*found, chord(names[4], (front, 0.0), (back, 0.0), middle, scan.canal_steps)]
 
 
 def _canal_walls(scan: _Scan, outline: _Outline) -> tuple[float, float, float] | None:
@@ -462,7 +488,7 @@ def _canal_walls(scan: _Scan, outline: _Outline) -> tuple[float, float, float] |
         return None
     centre = float(u[near].mean())
     own = _Frame(*frame.to_plane(centre, 0.0), frame.tilt)
-    walls = [steps.wall(own, middle, 0, side, _CANAL_STRETCH_MM) for side in (-1, 1)]
+    walls = [steps.wall(own, middle, 0, side, _CANAL_STRETCH_MM, across=2) for side in (-1, 1)]
     if any(wall is None for wall in walls):
         return None
     front, back = (centre + float(wall[0]) for wall in walls)

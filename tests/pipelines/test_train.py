@@ -78,6 +78,12 @@ def test_train_goes_from_raw_volumes_to_a_champion(kedro_run, project, caplog):
     )
     assert "train finished" in caplog.text
     assert "see " in caplog.text
+    # The champion on the raw file, by its path and through the predict pipeline: the same voxels as in the evaluation.
+    by_path = champion.predict(str(project / "data/01_raw/images" / f"{series}.mha"))
+    np.testing.assert_array_equal(by_path["labels"], stored, "train/serve skew")
+    kedro_run("predict", predict={"preview": False, "measurements": False})
+    delivered = read_volume(project / "data/07_model_output/scans" / f"{series}_seg.mha", LabelMap)
+    np.testing.assert_array_equal(delivered.array, stored, "train/predict skew")
 
     # The same command again: prepared data are reused, a second version is made, and being worse it stays a version.
     caplog.clear()

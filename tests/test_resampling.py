@@ -234,3 +234,39 @@ def test_labels_there_and_back_are_decided_once():
     assert (once.shape, once.dtype) == (labels.shape, np.uint8)
     assert np.mean(twice == labels) < np.mean(once == labels) < 1
     assert set(np.unique(once)) == {0, 1, 2}
+
+
+@given(
+    seed=st.integers(0, 99),
+    native=st.tuples(st.integers(5, 30), st.integers(5, 30)),
+    size=st.sampled_from([(12, 16), (20, 9), (7, 7)]),
+    keep_aspect=st.booleans(),
+)
+def test_the_foregrounds_part_is_the_whole_there_and_background_elsewhere(seed, native, size, keep_aspect):
+    grid = InPlaneGrid(native, (0.7, 1.1), size, keep_aspect)
+    rng = np.random.default_rng(seed)
+    probabilities = rng.dirichlet([0.3] * 4, size).astype(np.float32)
+    # A patch of anything, in a surround that is background beyond doubt, or just so.
+    outside = np.ones(size, bool)
+    outside[rng.integers(size[0]) :, rng.integers(size[1]) :] = False
+    probabilities[outside] = rng.choice([1.0, 0.52]) * np.eye(4, dtype=np.float32)[0]
+    probabilities[outside, 1] = 1 - probabilities[outside, 0]
+    whole = grid.probabilities_to_native(probabilities[None])[0]
+    rows, columns, part = grid.foreground_to_native(probabilities)
+    np.testing.assert_array_equal(part, whole[rows, columns])
+    decided = np.zeros(native, np.intp)
+    decided[rows, columns] = part.argmax(axis=-1)
+    np.testing.assert_array_equal(decided, whole.argmax(axis=-1))
+
+
+def test_no_foreground_has_no_part():
+    grid = InPlaneGrid((9, 7), (1.0, 1.0), (12, 16))
+    probabilities = np.tile(np.float32([0.6, 0.4, 0, 0]), (12, 16, 1))
+    rows, columns, part = grid.foreground_to_native(probabilities)
+    assert part.shape == (0, 0, 4) and rows.stop == columns.stop == 0
+    # One pixel of it reaches its neighbours on the finer grid, and no farther.
+    fine = InPlaneGrid((24, 32), (1.0, 1.0), (12, 16), keep_aspect=False)
+    probabilities[5, 3] = [0.1, 0.9, 0, 0]
+    rows, columns, part = fine.foreground_to_native(probabilities)
+    # Native sample i lies at net coordinate i / 2 - 1/4: 5 is within one net pixel of i = 9 .. 12, 3 of i = 5 .. 8.
+    assert (rows, columns) == (slice(9, 13), slice(5, 9))

@@ -131,8 +131,7 @@ class Segmenter:
 
         Arguments as for `probabilities`; memory stays that of one batch.
         """
-        decided = [batch.argmax(axis=-1).astype(np.uint8) for batch in self.batches(slices, pixel_spacing_mm)]
-        return np.concatenate(decided)
+        return self.segmentation(slices, pixel_spacing_mm).labels
 
     def segmentation(
         self,
@@ -161,12 +160,15 @@ class Segmenter:
         grid, net_inputs = self._prepared(slices, pixel_spacing_mm)
         for net_input in net_inputs:
             probabilities, views = self._predict(net_input, moves)
-            native = grid.probabilities_to_native(probabilities)
-            labels.append(native.argmax(axis=-1).astype(np.uint8))
-            entropies.append(entropy_sums(labels[-1], native))
             overlap += views
+            for plane in probabilities:
+                rows, columns, native = grid.foreground_to_native(plane)
+                decided = np.zeros(grid.native_shape, np.uint8)
+                decided[rows, columns] = native.argmax(axis=-1)
+                labels.append(decided)
+                entropies.append(entropy_sums(decided[None, rows, columns], native[None]))
         return Segmentation(
-            np.concatenate(labels),
+            np.stack(labels),
             mean_entropy(np.concatenate(entropies)),
             _disagreement(overlap) if moves else None,
         )

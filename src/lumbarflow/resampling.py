@@ -14,6 +14,10 @@ import numpy as np
 from lumbarflow.labels import FOREGROUND
 
 
+# A probability of background above which nothing else can be decided; above a half by more than rounding.
+_SURELY = 0.51
+
+
 def axis_weights(n_in: int, n_out: int, step: float) -> np.ndarray:
     """Weights that resample one axis, the centres of both grids held together.
 
@@ -96,6 +100,26 @@ class InPlaneGrid:
         planes = [self.to_native(probabilities[..., channel]) for channel in range(probabilities.shape[-1])]
         return np.stack(planes, axis=-1)
 
+    def foreground_to_native(self, probabilities: np.ndarray) -> tuple[slice, slice, np.ndarray]:
+        """Of one slice the part of `probabilities_to_native` that can be anything but background, bit for bit.
+
+        An average of pixels that are all more likely background than anything else is background too; and a spine is a
+        third of its slice.
+
+        Args:
+            probabilities: (H, W, classes).
+        Returns:
+            The native rows and columns of that part, empty if there is none, and float32 (rows, columns, classes).
+        """
+        self._check(probabilities[None, ..., 0], self.size)
+        unsure = probabilities[..., 0] <= _SURELY
+        rows, columns = (
+            taps.within(unsure.any(axis=axis)) for taps, axis in zip(self._backward, (1, 0), strict=True)
+        )
+        part = [taps.part(where) for taps, where in zip(self._backward, (rows, columns), strict=True)]
+        planes = [_resample(plane[None], *part)[0] for plane in np.moveaxis(probabilities, -1, 0)]
+        return rows, columns, np.stack(planes, axis=-1)
+
     def labels_to_model(self, labels: np.ndarray) -> np.ndarray:
         """uint8 (n, rows, columns) -> uint8 (n, H, W): the class with the largest share of each pixel."""
         self._check(labels, self.native_shape)
@@ -144,6 +168,16 @@ class _Taps:
         indices = np.minimum(first[:, None] + taps, n_in - 1)
         within = first[:, None] + taps <= n_in - 1
         return cls(indices, np.where(within, np.take_along_axis(dense, indices, axis=1), np.float32(0)))
+
+
+    def within(self, wanted: np.ndarray) -> slice:
+        """The output samples, from the first to the last, that have weight in any of the wanted inputs, bool (n_in,)."""
+        reached = np.flatnonzero((wanted[self.indices] & (self.weights > 0)).any(axis=1))
+        return slice(int(reached[0]), int(reached[-1]) + 1) if len(reached) else slice(0, 0)
+
+    def part(self, samples: slice) -> _Taps:
+        """Those of some output samples."""
+        return _Taps(self.indices[samples], self.weights[samples])
 
 
 def _resample(planes: np.ndarray, rows: _Taps, columns: _Taps) -> np.ndarray:

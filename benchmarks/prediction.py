@@ -1,0 +1,177 @@
+"""How long a scan takes from file to file, and where the time goes: 20 slices of 640 x 512, masks only, model loaded.
+
+    python benchmarks/prediction.py [--size 256] [--rounds 5] [--model FILE.keras]
+
+Each stage, float32 and bfloat16, batch sizes and, where onnxruntime and tf2onnx are installed, ONNX Runtime take turns.
+Shown are the fastest and the median round: a scheduler may keep both threads on one core for a whole round, so the
+fastest is what the hardware can do. An untrained net is unsure of every pixel, so that mapping back takes longest; a
+trained one of any size may be named with --model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lumbarflow import models
+from lumbarflow.backend import load_keras
+from lumbarflow.imaging import LabelMap, Volume, read_volume, to_sagittal, write_volume
+from lumbarflow.inference import Segmenter
+from lumbarflow.intensity import normalisation_of
+from lumbarflow.labels import CLASS_COUNT
+from lumbarflow.networks import load_model
+
+CONF = Path(__file__).parents[1] / "conf/base"
+SHAPE, SPACING = (20, 640, 512), (0.47, 0.47, 4.0)
+BATCHES = (1, 2, 4, 20)  # besides 8
+SAGITTAL = np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]])
+
+
+class Times:
+    """Seconds of what takes turns, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        self.seconds[name].append(time.perf_counter() - start)
+        return result
+
+    def print(self) -> None:
+        for name, seconds in self.seconds.items():
+            print(f"{name:<52} {min(seconds):7.3f} s {statistics.median(seconds):7.3f} s")
+
+
+def untrained(size: int, precision: str, weights: list[np.ndarray] | None = None) -> Any:
+    settings = yaml.safe_load((CONF / "parameters_fit.yml").read_text())["model"]
+    name = settings.pop("name")
+    model = models.build(name, (size, size), 1, CLASS_COUNT, precision=precision, **settings)
+    if weights is not None:
+        model.set_weights(weights)
+    return model
+
+
+def onnx_session(model: Any) -> Any:
+    """The same net in ONNX Runtime, None where that or the converter is not installed."""
+    try:
+        import onnxruntime
+        import tensorflow as tf
+        import tf2onnx
+    except ImportError as error:
+        print(f"ONNX Runtime is left out: {error.name} is not installed")
+        return None
+    signature = [tf.TensorSpec(model.input_shape, tf.float32, name="slices")]
+    call = tf.function(lambda slices: model(slices, training=False))
+    proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=18)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+class Bench:
+    """All stages of one scan, once a round."""
+
+    def __init__(self, segmenters: dict[str, Segmenter], session: Any, scan: Path, mask: Path):
+        self.segmenters, self.session, self.scan, self.mask = segmenters, session, scan, mask
+        self.times = Times()
+
+    def whole(self, segmenter: Segmenter) -> None:
+        write_volume(segmenter.segment(read_volume(self.scan)), self.mask)
+
+    def round(self) -> None:
+        times, ours, other = self.times, self.segmenters["float32"], self.segmenters["mixed_bfloat16"]
+        for name, segmenter in self.segmenters.items():
+            times(f"file to file, {name}", partial(self.whole, segmenter))
+        volume = times("  read", partial(read_volume, self.scan))
+        sagittal, orientation = to_sagittal(volume)
+        times(
+            "  figures of the normalisation",
+            lambda: normalisation_of(sagittal.array, ours.normalisation, ours.percentiles),
+        )
+        grid, inputs = ours._prepared(sagittal.array, SPACING[1::-1])
+        inputs = times("  normalise and resample", partial(list, inputs))
+        stacked = np.concatenate(inputs)
+        found = times("  net, float32, batches of 8", lambda: [ours._forward(batch) for batch in inputs])
+        planes = np.concatenate(found)
+        times("  map back and decide", lambda: [grid.foreground_to_native(p)[2].argmax(axis=-1) for p in planes])
+        labels = LabelMap(orientation.restore(sagittal.array % CLASS_COUNT), *_grid(volume))
+        times("  write", partial(write_volume, labels, self.mask))
+        times("  net, mixed_bfloat16, batches of 8", lambda: [other._forward(batch) for batch in inputs])
+        for size in BATCHES:
+            times(f"  net, float32, batches of {size}", partial(predict, ours.model, stacked, size))
+        if self.session:
+            feed = self.session.get_inputs()[0].name
+            times(
+                "  net, ONNX Runtime, batches of 8", lambda: [self.session.run(None, {feed: batch}) for batch in inputs]
+            )
+
+
+def predict(model: Any, slices: np.ndarray, size: int) -> np.ndarray:
+    return model.predict(slices, batch_size=size, verbose=0)
+
+
+def _grid(volume: Volume) -> tuple[Any, ...]:
+    return volume.spacing_mm, volume.origin_mm, volume.direction
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", type=Path)
+    arguments = parser.parse_args()
+    load_keras()
+    weights = load_model(arguments.model).get_weights() if arguments.model else None
+    nets = {name: untrained(arguments.size, name, weights) for name in ("float32", "mixed_bfloat16")}
+    settings = yaml.safe_load((CONF / "parameters_preprocess.yml").read_text())["preprocess"]
+    settings = {name: settings[name] for name in ("keep_aspect", "normalisation", "percentiles")}
+    settings |= {"size": [arguments.size] * 2, "batch_size": 8}
+    segmenters = {name: Segmenter(net, settings) for name, net in nets.items()}
+    spacing = SPACING[1::-1]
+
+    # Smooth noise in the dark, as a scan is: neither constant nor beyond compression.
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(100, 900, (SHAPE[0], SHAPE[1] // 8, SHAPE[2] // 8)).repeat(8, axis=1).repeat(8, axis=2)
+    voxels = (coarse + rng.integers(0, 50, SHAPE)).astype(np.int16)
+    with tempfile.TemporaryDirectory() as folder:
+        scan, mask = Path(folder, "scan.mha"), Path(folder, "mask.mha")
+        write_volume(Volume(voxels, SPACING, (0.0, 0.0, 0.0), SAGITTAL), scan)
+
+        prepared = list(segmenters["float32"]._prepared(voxels, spacing)[1])
+        stacked = np.concatenate(prepared)
+        session = onnx_session(nets["float32"])
+        for segmenter in segmenters.values():  # the first calls build the graphs
+            segmenter.labels(voxels, spacing)
+        for size in BATCHES:
+            predict(nets["float32"], stacked[:size], size)
+        if session:
+            feed = session.get_inputs()[0].name
+            agree = np.abs(
+                session.run(None, {feed: prepared[0]})[0] - segmenters["float32"]._forward(prepared[0])
+            ).max()
+            print(f"ONNX Runtime's probabilities differ by {agree:.1g} at most")
+
+        bench = Bench(segmenters, session, scan, mask)
+        for _ in range(arguments.rounds):
+            bench.round()
+    print(f"\n{SHAPE[0]} slices of {SHAPE[1]} x {SHAPE[2]} by a net of {arguments.size} x {arguments.size}")
+    print(f"{'':<52} {'fastest':>9} {'median':>9}")
+    bench.times.print()
+    if session:
+        ours, theirs = (bench.times.seconds[f"  net, {name}, batches of 8"] for name in ("float32", "ONNX Runtime"))
+        ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+        print(f"Keras / ONNX Runtime: fastest {min(ours) / min(theirs):.2f}, median {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

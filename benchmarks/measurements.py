@@ -1,10 +1,16 @@
 """Errors of the measurements against known anatomy, over a synthetic cohort, and what a large scan costs.
 
     python benchmarks/measurements.py [--patients N] [--seed N]
+    python benchmarks/measurements.py --predictions DIR --raw-dir DIR
 
 Every patient of conf/base/parameters_synthesize.yml is scanned with all three sequences, and `measurements.measure` is
 given the reference labels. A pixel is the larger spacing in the plane of that series. What could not be measured is
 counted beside, with its reasons below. Seconds are the processor's.
+
+With --predictions (`07_model_output/predictions` of an evaluation: test patients alone), what is measured on predicted
+masks is set against the known anatomy of synthetic scans in --raw-dir, or against what is measured on the reference masks
+there, as far as a scan reaches. A chord is compared with the one of its kind whose middle is nearest, at most MATCH_MM
+away, so that a disc too many at one end does not shift all levels.
 """
 
 from __future__ import annotations
@@ -21,12 +27,17 @@ import pandas as pd
 import yaml
 
 from lumbarflow import phantom
-from lumbarflow.imaging import LabelMap, to_sagittal
+from lumbarflow.files import read_json
+from lumbarflow.imaging import LabelMap, read_volume, split_volume_name, to_sagittal
+from lumbarflow.instances import label_instances
+from lumbarflow.labels import LabelTable
 from lumbarflow.measurements import Measurement, measure
+from lumbarflow.store import SeriesStore
 
 ROOT = Path(__file__).parents[1]
 LARGE = (20, 640, 512)
 LIMIT_S = 1.0
+MATCH_MM = 10.0  # less than half the distance of two levels
 
 
 def settings(patients: int | None, seed: int | None) -> dict:
@@ -91,12 +102,74 @@ def seconds_of_a_large_scan(plan: phantom.SeriesPlan, chosen: dict) -> float:
     return time.process_time() - start
 
 
+def known_chords(raw: Path, series: str) -> Iterator[tuple[str, str, np.ndarray, float]]:
+    """Structure, quantity, both ends (LPS mm) and value (mm) of every chord that is known of a series."""
+    path = raw / "anatomy" / f"{series}.json"
+    if path.is_file():
+        known = read_json(path)["anatomy"]
+        for structure, group in (("vertebra", "vertebrae"), ("disc", "discs")):
+            for part in known[group]:
+                chords = {name: value for name, value in part.items() if isinstance(value, dict)}
+                for quantity, chord in chords.items():
+                    yield structure, quantity, np.array([chord["from"], chord["to"]]), chord["mm"]
+        return
+    (mask,) = (file for file in (raw / "masks").iterdir() if split_volume_name(file.name)[0] == series)
+    classes = LabelTable(yaml.safe_load((ROOT / "conf/base/parameters_ingest.yml").read_text())["labels"]["table"])
+    reference = read_volume(mask, LabelMap)
+    for found in measure_classes(reference.with_array(classes.classes(reference.array))):
+        if found.unit == "mm" and math.isfinite(found.value):
+            yield found.structure, found.quantity, np.array(found.ends_mm), found.value
+
+
+def measure_classes(classes: LabelMap) -> list[Measurement]:
+    sagittal, _ = to_sagittal(classes)
+    return measure(sagittal.with_array(label_instances(sagittal.array, sagittal.spacing_mm[::-1])))
+
+
+def errors_of_predictions(predictions: SeriesStore, raw: Path) -> Iterator[dict]:
+    for series in predictions.series():
+        predicted = predictions.label_map(series, "labels.mha")
+        pixel_mm = sorted(predicted.spacing_mm)[1]  # slices lie farther apart than pixels
+        found = [
+            (item.structure, item.quantity, np.mean(item.ends_mm, axis=0), item.value)
+            for item in measure_classes(predicted)
+            if item.unit == "mm" and math.isfinite(item.value)
+        ]
+        for structure, quantity, ends, value in known_chords(raw, series):
+            # What is known of synthetic patients goes beyond the field of view.
+            places = [predicted.index_point(end) for end in ends]
+            if not all(np.all((place > 0) & (place < np.array(predicted.size) - 1)) for place in places):
+                continue
+            middle = ends.mean(axis=0)
+            near = [
+                (float(np.linalg.norm(place - middle)), measured)
+                for kind, what, place, measured in found
+                if (kind, what) == (structure, quantity)
+            ]
+            distance, measured = min(near, default=(math.inf, math.nan))
+            error = measured - value if distance <= MATCH_MM else math.nan
+            yield {
+                "series": series,
+                "structure": structure,
+                "quantity": quantity,
+                "error": error,
+                "pixels": error / pixel_mm,
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patients", type=int, help="as many patients instead of the parameters'")
     parser.add_argument("--seed", type=int, help="other patients than the parameters'")
     parser.add_argument("--worst", type=int, default=5, help="how many of the largest errors to list")
+    parser.add_argument("--predictions", type=Path, help="masks of test patients instead of synthetic references")
+    parser.add_argument("--raw-dir", type=Path, help="their scans, in SPIDER's layout")
     arguments = parser.parse_args()
+    if arguments.predictions:
+        table = pd.DataFrame(errors_of_predictions(SeriesStore(arguments.predictions), arguments.raw_dir))
+        print(f"{table['series'].nunique()} series of test patients, errors in mm\n")
+        print(summary(table, ["structure", "quantity"]).to_string())
+        return
     chosen = settings(arguments.patients, arguments.seed)
     plans = phantom.plan_cohort(chosen)
     table = pd.DataFrame(errors(plans, chosen))

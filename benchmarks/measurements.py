@@ -8,9 +8,9 @@ given the reference labels. A pixel is the larger spacing in the plane of that s
 counted beside, with its reasons below. Seconds are the processor's.
 
 With --predictions (`07_model_output/predictions` of an evaluation: test patients alone), what is measured on
-predicted masks is set against the known anatomy of synthetic scans in --raw-dir, or against what is measured
-on the reference masks there, as far as a scan reaches. A chord is compared with the one of its kind whose middle is nearest, at most
-MATCH_MM away, so that a disc too many at one end does not shift all levels.
+predicted masks is set against the known anatomy of synthetic scans in --raw-dir, or against what is
+measured on the reference masks there, as far as a scan reaches. A chord is compared with the one of its kind whose
+middle is nearest, at most MATCH_MM away, so that a disc too many at one end does not shift all levels.
 """
 
 from __future__ import annotations

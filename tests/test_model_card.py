@@ -72,7 +72,8 @@ def test_card_states_every_fact():
         '`mlflow.pyfunc.load_model("models:/lumbar-unet/3")`',
         "## Promotion\n\npromoted. Why.\n",
         "Data: real scans, hash `dddddddd`. Split: patient, hash `ssssssss`.",
-        "Licence of the real scans: CC-BY-4.0. Attribution: Somebody et al., 2024.",
+        "Licence of the real scans: CC-BY-4.0. Attribution: Somebody et al., 2024. As the parameters state; "
+        "nobody has checked it.\n",
         "| side | patients | series | slices |\n| --- | --- | --- | --- |\n| training | 20 | 21 | 417 |\n"
         "| validation | 4 | 5 | 85 |\n| test | 6 | 7 | 120 |\n",
         "Series by sequence: t1 (12), t2_SPACE (21). Pixels as the net sees them: rows 0.75 to 1.25 mm, columns 0.88 "
@@ -88,7 +89,7 @@ def test_card_states_every_fact():
         "augmentation: shift 0.02.",
         "no medical device",
         "Not for CT",
-        "Its weights come from 20 patients (4 more chose the epoch), its figures from 6.",
+        "Its weights come from 20 patients, its epoch was chosen by 4 and its figures come from 6, others.",
         f"MLflow run `{'r' * 32}`; lumbarflow 0.1.0, commit `0123456789ab`. Licence of the code",
         "Apache-2.0",
     ):
@@ -106,7 +107,9 @@ def test_card_before_there_is_a_version_leaves_out_what_is_not_known():
 def test_card_warns_of_leaks_and_of_scans_that_nobody_took():
     usual = model_card(record(), "lumbar-unet")
     assert "Too good" not in usual and "synthetic" not in usual
-    assert "**Too good:** slices of the same patients" in model_card(record(leaky=True), "lumbar-unet")
+    leaky = model_card(record(leaky=True), "lumbar-unet")
+    assert "**Too good:** slices of the same patients" in leaky
+    assert "its epoch was chosen by 4 and its figures come from 6, some of them the same." in leaky
     synthetic = model_card(record(data_kind="synthetic"), "lumbar-unet")
     assert "The scans are synthetic: the figures say nothing of a clinic's scans" in synthetic
     assert "commit `0123` with changes" in model_card(record(git_commit="0123", git_changed="true"), "lumbar-unet")

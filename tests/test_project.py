@@ -236,6 +236,13 @@ def test_ci_runs_the_readmes_test_command():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
+def test_ci_goes_on_to_install_postgresql_where_there_is_none():
+    # As .ci/run does, in a shell that stops at failures; find fails where the folder is missing.
+    script = 'set -euo pipefail; source .ci/postgres; find() { return 1; }; found=$(postgres_programs); echo "[$found]"'
+    shell = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (shell.returncode, shell.stdout) == (0, "[]\n"), shell.stderr
+
+
 def test_parameters_named_in_the_texts_can_be_given(monkeypatch):
     # Through Kedro's own parser, which splits at commas and so takes no lists.
     from kedro.framework.cli.utils import _split_params

@@ -579,11 +579,25 @@ def test_net_that_was_rolled_back_does_not_come_back_by_itself(store, register_f
         ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
         ("https://user:secret@host:5000/mlflow?token=secret", "https://host:5000/mlflow"),
         ("postgresql+pg8000://user:sec@ret@host/mlflow?password=secret", "postgresql+pg8000://host/mlflow"),
+        ("postgresql://user:se#cr?e/t@host/mlflow", "postgresql://host/mlflow"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("databricks", "databricks"),
     ],
 )
 def test_no_password_of_the_registry_is_shown(monkeypatch, address, shown):
     monkeypatch.setattr(mlflow, "get_registry_uri", lambda: address)
     assert registry._registry() == shown
+
+
+def test_no_password_is_logged_with_an_error_of_the_server(monkeypatch, caplog):
+    def fails(address):
+        raise mlflow.MlflowException("API request to https://user:se/c?ret@host:5000/api/2.0 failed with exception x")
+
+    monkeypatch.setattr(registry, "_holder", lambda *_: "1")
+    monkeypatch.setattr(registry, "_version_tags", lambda *_: {})
+    monkeypatch.setattr(mlflow.artifacts, "load_dict", fails)
+    assert registry._champion(None, "lumbar-unet", "champion").missing()
+    assert "made from (API request to https://host:5000/api/2.0 failed with exception x)" in caplog.text
 
 
 def test_telemetry_is_off():

@@ -14,6 +14,7 @@ from lumbarflow import report
 from lumbarflow.labels import CLASSES
 from lumbarflow.metrics import MEAN_FOREGROUND
 from lumbarflow.report import Picture, Section, Table, Text, to_html, to_markdown
+from lumbarflow.uncertainty import reliability_table
 
 PNG = b"\x89PNG\r\n\x1a\n, a picture"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -599,6 +600,15 @@ def test_the_confusion_matrix_reads_references_down_and_predictions_across():
     section = report.confusion_section({"classes": list(CLASSES), "counts": counts}, PNG)
     frame = frames(section)[0].set_index("reference")
     assert frame.loc["vertebrae", "predicted canal"] == 6
+
+
+def test_reliability_is_shown_with_the_calibration_error_of_each_structure():
+    counts = np.zeros((3, 10, 3))
+    counts[0, 9], counts[0, 5] = (30, 28.5, 30), (10, 5.5, 3)  # apart by 0.05 on 30 pixels, by 0.25 on 10
+    section = report.reliability_section(reliability_table(counts), PNG)
+    errors = frames(section)[0].set_index("class")["calibration_error"]
+    assert errors["vertebrae"] == pytest.approx(0.1) and errors[["canal", "IVD"]].isna().all()
+    assert "reliability.png" in to_markdown("T", [section])
 
 
 def test_every_case_is_listed_and_undefined_ones_are_counted():

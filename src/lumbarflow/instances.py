@@ -13,6 +13,7 @@ What holds of every result:
   that are no vertebra or disc of their own join that of their level; nothing is dropped.
 - Disc 200 + n lies directly below vertebra n. A level whose disc or vertebra is missing from the classes keeps its
   number, so the others still correspond; this also goes for the topmost disc, whose vertebra the upper edge may hide.
+  Gaps are told by the usual distance of discs: where most of these lack their neighbours, levels are lost.
 - Number 1 is the lowest vertebra in view: L5 above the sacrum, which is not labelled. If the lower edge cuts the spine,
   a vertebra without a disc below it is number 1, and there is no disc 201. A disc with no vertebra above it below all
   others (a remnant within the sacrum) is no level: it joins disc 201.

@@ -90,6 +90,9 @@ def _data(origin: Mapping[str, Any], data: Mapping[str, Mapping[str, str | None]
     for kind, entry in data.items():
         licence, attribution = (entry.get(key) or "not recorded" for key in ("licence", "attribution"))
         lines.append(f"Licence of the {kind} scans: {licence}. Attribution: {attribution}{_stop(attribution)}")
+        if kind == "real" and (entry.get("licence") or entry.get("attribution")):
+            # Nothing in a scan says whose it is, and an environment made for SPIDER's may have been given others.
+            lines[-1] += " As the parameters state; nobody has checked it."
     return "\n\n".join(lines)
 
 
@@ -161,9 +164,11 @@ def _preprocessing(settings: Mapping[str, Any]) -> str:
 
 def _size_of(origin: Mapping[str, Any], cohort: Mapping[str, Any]) -> str:
     patients = {side: counts["patients"] for side, counts in cohort["sides"].items()}
+    # Under a leaky split those who chose the epoch and those of the figures are not further patients.
+    others = "some of them the same" if origin["leaky"] else "others"
     text = (
-        f"Its weights come from {patients['train']} patients ({patients['validation']} more chose the epoch), its "
-        f"figures from {patients['test']}."
+        f"Its weights come from {patients['train']} patients, its epoch was chosen by {patients['validation']} and its "
+        f"figures come from {patients['test']}, {others}."
     )
     if origin["data_kind"] != "real":
         text += f" The scans are {origin['data_kind']}: the figures say nothing of a clinic's scans by themselves."

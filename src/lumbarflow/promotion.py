@@ -178,6 +178,8 @@ def _paired_test(
     if not len(differing):
         return False, f"{name} sees no difference (p = 1)"
     p = f"p = {test['p']:.2g}"
+    if not alpha:
+        return False, f"{name} has {p}, its ranks {'lower' if lower else 'not lower'}, and is switched off"
     if not test["p_smallest"] < alpha:
         return False, (
             f"{name} could not have shown it worse, so few of them differ ({len(differing)}: {p}, at best "

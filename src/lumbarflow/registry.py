@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -337,8 +336,15 @@ def _registry() -> str:
     """The registry's address as far as it may be shown: without user, password and query."""
     import mlflow
 
-    address = urlsplit(mlflow.get_registry_uri())
-    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+    return re.split("[?#]", _without_password(mlflow.get_registry_uri()))[0]
+
+
+def _without_password(text: str) -> str:
+    """Text whose addresses lack user and password, as MLflow's errors quote them.
+
+    Not by urlsplit: SQLAlchemy takes passwords with ?, # or / in them, where that one sees the end of the host.
+    """
+    return re.sub(r"(?<=://)(?!/)\S*@", "", text)
 
 
 def log_model(
@@ -544,7 +550,8 @@ def _champion(client: MlflowClient, name: str, alias: str) -> ModelFacts | None:
         patients = {side: read[side] for side in SIDES}
         cases = mlflow.artifacts.load_dict(f"{artefacts}/{CASES_FILE}")
     except Exception as error:  # each artifact store has errors of its own; all of them mean "cannot be compared"
-        logger.warning("cannot read what %s version %s was made from (%s)", name, version, str(error).split("\n")[0])
+        why = _without_password(str(error).split("\n")[0])
+        logger.warning("cannot read what %s version %s was made from (%s)", name, version, why)
     return _facts(name, version, tags, patients, cases)
 
 

@@ -26,6 +26,7 @@ from lumbarflow.cohort import ABSENT, ACCEPTED, IGNORED, REJECTED
 from lumbarflow.labels import CLASSES
 from lumbarflow.metrics import MEAN_FOREGROUND
 from lumbarflow.model_input import SIDES
+from lumbarflow.uncertainty import calibration_error
 
 # --- the document ----------------------------------------------------------------------------------------------------
 
@@ -765,6 +766,31 @@ def confusion_section(confusion: Mapping[str, Any], png: bytes) -> Section:
                 "confusion_matrix.png",
             ),
             Table(frame, "Voxels of all test slices: rows are the reference's class, columns the predicted one."),
+        ],
+    )
+
+
+def reliability_section(reliability: pd.DataFrame, png: bytes) -> Section:
+    """Whether the net's probabilities can be believed.
+
+    Args:
+        reliability: see `uncertainty.reliability_table`.
+        png: `figures.reliability_figure`.
+    """
+    errors = pd.DataFrame(calibration_error(reliability).items(), columns=["class", "calibration_error"])
+    return Section(
+        "Reliability of the probabilities",
+        [
+            Picture(
+                png,
+                "How often the net was right over the probability that it gave; the table below sums it up.",
+                "On the dashed line probabilities can be believed; below it the net is too sure, above it not enough.",
+                "reliability.png",
+            ),
+            Table(
+                errors,
+                "Expected calibration error, over the pixels of all test slices whose probability is 1 % or more.",
+            ),
         ],
     )
 

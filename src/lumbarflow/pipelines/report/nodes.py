@@ -64,6 +64,7 @@ def write_report(
     by_class: pd.DataFrame,
     intervals: pd.DataFrame,
     confusion: dict[str, Any],
+    reliability: pd.DataFrame,
     summary: dict[str, Any],
     comparison: pd.DataFrame,
     run_times: dict[str, Any],
@@ -82,7 +83,7 @@ def write_report(
     overlays, chosen = choose_overlays(predictions, series, by_case, model_input)
     curves, cases = figures.training_curves(history), figures.case_distribution(by_case)
     compared, shown = figures.comparison_figure(comparison), figures.overlay_figure(overlays)
-    shares = figures.confusion_figure(np.array(confusion["counts"]))
+    shares, believed = figures.confusion_figure(np.array(confusion["counts"])), figures.reliability_figure(reliability)
     left_out = external_report[external_report["outcome"] != ACCEPTED] if len(external_report) else external_report
     title = "lumbarflow: segmentation of the lumbar spine on MRI"
     sections = [
@@ -95,6 +96,7 @@ def write_report(
         report.leakage_section(leakage),
         report.training_section(history, training_record, png(curves)),
         report.confusion_section(confusion, png(shares)),
+        report.reliability_section(reliability, png(believed)),
         report.cases_section(by_case, png(cases)),
         report.overlays_section(chosen, png(shown, dpi=100)),
         report.ceiling_section(by_class, manifest),
@@ -104,7 +106,7 @@ def write_report(
         report.provenance_section(manifest, training_record, summary["settings"] | _commit(summary)),
     ]
     documents = report.to_html(title, sections), report.to_markdown(title, sections)
-    return (*documents, curves, cases, compared, shown, shares)
+    return (*documents, curves, cases, compared, shown, shares, believed)
 
 
 def _commit(summary: dict[str, Any]) -> dict[str, Any]:

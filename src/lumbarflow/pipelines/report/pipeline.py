@@ -42,6 +42,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "metrics_by_class",
                     "metrics_intervals",
                     "confusion_matrix",
+                    "reliability",
                     "evaluation_summary",
                     "comparison",
                     "run_times",
@@ -61,6 +62,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     # Drawn by evaluate too; here once more, so that the MLflow run of the report has all its pictures.
                     "overlays_figure",
                     "confusion_figure",
+                    "reliability_figure",
                 ],
                 name="write_report",
             ),

@@ -511,3 +511,11 @@ def test_the_libraries_speak_again_afterwards(make_dicom, volume, tmp_path, capl
     with pytest.raises(VolumeError):
         read(make_dicom(tmp_path, volume, modality="CT"))
     assert logging.getLogger("pydicom").level == logging.INFO and warnings.filters == before
+
+
+@pytest.mark.parametrize("enhanced", [False, True], ids=["single-frame", "enhanced"])
+def test_a_series_that_fills_the_memory_is_an_error(make_dicom, volume, tmp_path, monkeypatch, enhanced):
+    paths = make_dicom(tmp_path, volume, enhanced=enhanced)
+    monkeypatch.setattr("lumbarflow.imaging._MOST_VOXELS", 119)
+    with pytest.raises(VolumeError, match="4 x 6 x 5 voxels; expected at most 119, what fits in memory. Crop"):
+        read(paths)

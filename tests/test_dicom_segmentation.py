@@ -228,3 +228,15 @@ def test_the_patient_stays_out_of_logs(make_source, tmp_path, caplog, capfd):
     assert str(pydicom.dcmread(tmp_path / "seg.dcm").PatientName) == "Leakova"
     assert not warned and not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_failed_write_does_not_quote_the_header(make_source, make_dicom, tmp_path, monkeypatch):
+    source = make_source()
+
+    def fail(self, path):
+        raise ValueError(f"invalid value {self.PatientID}")
+
+    monkeypatch.setattr("highdicom.seg.Segmentation.save_as", fail)
+    with pytest.raises(VolumeError, match=r"a header that no DICOM-SEG can refer to \(ValueError\)") as caught:
+        write(label_map(source, [1]), source, tmp_path / "seg.dcm")
+    assert make_dicom.patient["PatientID"] not in str(caught.value)

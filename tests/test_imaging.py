@@ -34,6 +34,7 @@ from lumbarflow.imaging import (
     volume_files,
     write_channels,
     write_volume,
+    written_files,
 )
 
 AXIS_ALIGNED = [
@@ -742,3 +743,55 @@ def test_channels_are_written_on_a_volumes_grid(make_volume, tmp_path):
     assert image.GetDirection() == tuple(grid.direction.ravel())
     with pytest.raises(ValueError, match=r"holds arrays of shape \(3, 5, 4\) and channels, not \(5, 3, 4, 2\)"):
         write_channels(values.transpose(1, 0, 2, 3), grid, tmp_path / "q.mha")
+
+
+HEADER = (
+    "ObjectType = Image\nNDims = 3\nBinaryData = True\nTransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\n"
+    "ElementSpacing = 1 1 1\nDimSize = 4 3 2\nElementType = MET_UCHAR\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "lines", "found"),
+    [
+        # ITK follows each of these to the other file.
+        (".mha", "ElementDataFile = ../other.raw\n", r"its voxels lie in another file \('../other.raw'\)"),
+        (".mha", "ElementDataFile : ../other.raw\nElementDataFile = LOCAL\n", "no MetaImage header"),
+        (".mhd", "ElementDataFile : ../other.raw\nElementDataFile = LOCAL\n", "no MetaImage header"),
+        (".mha", "Comment = a\rElementDataFile = LOCAL\nElementDataFile = ../other.raw\n", "no MetaImage header"),
+        (".mhd", "ElementDataFile = LIST3\n../other.raw\n../other.raw\n", "its voxels lie in several files"),
+        (".mhd", "ElementDataFile = LoCaL\n", "no file LoCaL"),
+        (".nrrd", "#\rdata file: ../other.raw\n\n", "no NRRD header"),
+    ],
+)
+def test_no_trick_in_a_header_leads_to_another_file(tmp_path, suffix, lines, found):
+    header = HEADER if suffix != ".nrrd" else (
+        "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 4 3 2\nspace: left-posterior-superior\n"
+        "space directions: (1,0,0) (0,1,0) (0,0,1)\nencoding: raw\n"
+    )  # fmt: skip
+    (tmp_path / "other.raw").write_bytes(bytes(range(24)))
+    path = tmp_path / f"in/1_t2{suffix}"
+    path.parent.mkdir()
+    path.write_bytes((header + lines).encode() + b"\7" * 24)
+    with pytest.raises(VolumeError, match=rf"1_t2{suffix}: {found}.*; expected"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("local", ["LOCAL", "Local", "local"])
+def test_voxels_in_the_file_itself_are_read(tmp_path, local):
+    path = tmp_path / "1_t2.mha"
+    path.write_bytes((HEADER + f"Comment = a: b = c\nElementDataFile = {local}\n").encode() + bytes(range(24)))
+    assert read_volume(path).array.ravel().tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("name", ["1_t2.mha", "1.t2.mhd", "1_t2.nii.gz", "1_t2.nrrd"])
+def test_all_files_of_a_volume_are_known(tmp_path, make_volume, name):
+    write_volume(make_volume(), tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == sorted(written_files(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", VOLUME_SUFFIXES)
+def test_names_in_capitals_are_read(tmp_path, make_volume, suffix):
+    write_volume(make_volume(), tmp_path / f"a{suffix}")
+    (tmp_path / f"a{suffix}").rename(tmp_path / f"B{suffix.upper()}")
+    assert read_volume(tmp_path / f"B{suffix.upper()}").array.shape == (4, 6, 5)

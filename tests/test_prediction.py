@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -335,7 +336,7 @@ def test_instances_and_measurements_of_a_phantom(tmp_path, synthetic_series):
 
 def test_a_volume_that_is_no_error_of_ours_keeps_its_message():
     error = VolumeError("x.mha", "2 dimensions", "3", "Export it.")
-    assert prediction._problem(None, error) is error
+    assert prediction.problem_of("x.mha", error) is error
 
 
 def test_probabilities_lie_on_the_scans_own_grid(make_volume, segmenter):
@@ -345,3 +346,166 @@ def test_probabilities_lie_on_the_scans_own_grid(make_volume, segmenter):
     done = segment_volume(segmenter, volume)
     np.testing.assert_array_equal(probabilities.argmax(axis=-1), done.restore(done.classes.array).array)
     assert isinstance(done.image, Volume)
+
+
+def with_bytes(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def a_series(folder, make_dicom, volume, **options):
+    return make_dicom(folder / "x", volume, **options)
+
+
+def with_nan(volume):
+    values = volume.array.astype(np.float32)
+    values[1, 2, 3] = np.nan
+    return volume.with_array(values)
+
+
+def store_array(array, path, **vector):
+    import SimpleITK as sitk
+
+    sitk.WriteImage(sitk.GetImageFromArray(array, **vector), str(path))
+
+
+BAD = {
+    "truncated DICOM": (
+        lambda f, v, d: with_bytes(a_series(f, d, v)[2], lambda b: b[:-40]), "IM0003.dcm", "86 bytes of pixels"
+    ),
+    "mixed orientations": (
+        lambda f, v, d: a_series(
+            f, d, v, edit=lambda s, k: setattr(s, "ImageOrientationPatient", [1, 0, 0, 0, k % 2, 1 - k % 2])
+        ),
+        "x", "slices of 2 orientations",
+    ),
+    "duplicates": (lambda f, v, d: a_series(f, d, v, duplicate=1), "x", "IM0002.dcm and IM0006.dcm both at"),
+    "missing slices": (lambda f, v, d: a_series(f, d, v, missing=[1]), "x", "a gap of 7.80 mm between IM0001.dcm"),
+    "DICOM in colour": (
+        lambda f, v, d: a_series(
+            f, d, v, edit=lambda s, k: [setattr(s, "SamplesPerPixel", 3), setattr(s, "PixelData", s.PixelData * 3)]
+        ),
+        "IM0001.dcm", "a colour image",
+    ),
+    "CT": (lambda f, v, d: a_series(f, d, v, modality="CT"), "IM0001.dcm", "Modality CT"),
+    "zero spacing in DICOM": (
+        lambda f, v, d: a_series(f, d, v, edit=lambda s, k: setattr(s, "PixelSpacing", [0, 1])),
+        "IM0001.dcm", "PixelSpacing 0 1 mm",
+    ),
+    "one DICOM slice": (lambda f, v, d: a_series(f, d, v, missing=[1, 2, 3, 4]), "IM0001.dcm", "a single slice"),
+    "colour": (
+        lambda f, v, d: store_array(np.ones((4, 5, 6, 3), np.uint8), f / "x.mha", isVector=True),
+        "x.mha", "3 values per voxel",
+    ),
+    "2-D": (lambda f, v, d: store_array(v.array[0], f / "x.nrrd"), "x.nrrd", "2 dimensions"),
+    "4-D": (
+        lambda f, v, d: store_array(np.stack([v.array] * 2), f / "x.nii", isVector=False), "x.nii", "4 dimensions"
+    ),
+    "not finite": (lambda f, v, d: write_volume(with_nan(v), f / "x.mha"), "x.mha", "1 voxels that aren't finite"),
+    "constant": (
+        lambda f, v, d: write_volume(v.with_array(np.full_like(v.array, 7)), f / "x.mha"), "x.mha", "constant value 7"
+    ),
+    "negative spacing": (
+        lambda f, v, d: [
+            write_volume(v, f / "x.mha"),
+            with_bytes(f / "x.mha", lambda b: b.replace(b"ElementSpacing = 0.75", b"ElementSpacing = -0.75")),
+        ],
+        "x.mha", "spacing -0.75 1.3 3.9 mm",
+    ),
+    "voxels outside": (
+        lambda f, v, d: [
+            write_volume(v, f / "x.mhd"), with_bytes(f / "x.mhd", lambda b: b.replace(b"x.zraw", b"../x.zraw")),
+        ],
+        "x.mhd", "its ElementDataFile points outside its folder",
+    ),
+    "a link out": (
+        lambda f, v, d: [write_volume(v, f.parent / "o.mha"), (f / "x.mha").symlink_to(f.parent / "o.mha")],
+        "x.mha", "a link that leads out",
+    ),
+    "a name that is not UTF-8": (
+        lambda f, v, d: [write_volume(v, f / "x.mha"), os.rename(f / "x.mha", os.fsencode(f) + b"/x\xff.mha")],
+        r"x\xff.mha", "a name that is not UTF-8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "file", "found"), BAD.values(), ids=BAD)
+def test_what_is_wrong_with_a_scan_arrives_in_the_table(
+    tmp_path, make_volume, make_dicom, segmenter, make, file, found
+):
+    folder = tmp_path / "scans"
+    write_volume(make_volume((5, 9, 7)), folder / "good.nii")
+    make(folder, make_volume((5, 9, 7)), make_dicom)
+    _, rows, _, _ = run(folder, tmp_path / "masks", segmenter)
+    good, bad = row_of(rows, "good"), rows[rows["scan"] != "good"].iloc[0]
+    assert len(rows) == 2 and good["outcome"] == "segmented" and bad["outcome"] == "failed"
+    assert bad["file"] == file and found in bad["found"] and bad["expected"] and bad["what_to_do"]
+    assert not [known for known in make_dicom.identifiers if known in rows.to_csv()]
+
+
+def test_the_second_file_of_a_header_is_not_overwritten_and_missed_when_gone(tmp_path, make_volume, segmenter):
+    write_volume(make_volume((5, 9, 7)), tmp_path / "scans/a.mhd")
+    voxels = tmp_path / "masks/a_seg.zraw"
+    voxels.parent.mkdir()
+    voxels.write_text("by hand")
+    _, rows, _, _ = run(tmp_path / "scans", tmp_path / "masks", segmenter)
+    assert rows["outcome"].item() == "kept" and "a_seg.zraw is there already" in rows["found"].item()
+    assert voxels.read_text() == "by hand"
+    voxels.unlink()
+    run(tmp_path / "scans", tmp_path / "masks", segmenter)
+    voxels.unlink()
+    _, _, _, update = run(tmp_path / "scans", tmp_path / "masks", segmenter)
+    assert update.made == ["a"] and voxels.is_file()
+
+
+def test_an_output_that_is_gone_is_made_again_and_the_others_stay(scans_folder, tmp_path, segmenter):
+    output = tmp_path / "masks"
+    run(scans_folder, output, segmenter, preview=True)
+    (output / "c_preview.png").unlink()
+    (output / "c_seg.nrrd").write_text("corrected by hand")
+    _, rows, _, update = run(scans_folder, output, segmenter, preview=True)
+    assert update.made == ["c"] and set(rows["outcome"]) == {"segmented"}
+    assert (output / "c_preview.png").is_file() and (output / "c_seg.nrrd").read_text() == "corrected by hand"
+
+
+def test_a_scan_that_was_cut_short_is_not_told_as_segmented(
+    scans_folder, tmp_path, segmenter, monkeypatch, make_volume
+):
+    real = prediction.write_volume
+
+    def stop(volume, path):
+        if path.name == "c_seg.nrrd":
+            raise KeyboardInterrupt
+        real(volume, path)
+
+    with monkeypatch.context() as context:
+        context.setattr(prediction, "write_volume", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(scans_folder, tmp_path / "masks", segmenter)
+    write_volume(make_volume((4, 8, 6)), tmp_path / "more/d.mha")
+    _, rows, _, _ = run(tmp_path / "more", tmp_path / "masks", segmenter)
+    row = row_of(rows, "c")
+    assert row["outcome"] == "failed" and "the run was interrupted" in row["found"]
+    assert row_of(rows, "d")["outcome"] == "segmented"
+
+
+def test_an_error_of_the_system_names_no_folder_of_this_machine(tmp_path):
+    error = OSError(28, "No space left on device", str(tmp_path))
+    problem = prediction.problem_of("a.mha", error)
+    assert problem.found == "it cannot be segmented (OSError: No space left on device)"
+
+
+def test_dicom_files_may_have_names_that_are_not_utf8(tmp_path, make_volume, make_dicom, segmenter):
+    for number, file in enumerate(make_dicom(tmp_path / "scans/x", make_volume((5, 9, 7)))):
+        os.rename(file, os.fsencode(file.parent) + b"/\xff%d" % number)
+    _, rows, _, _ = run(tmp_path / "scans", tmp_path / "masks", segmenter)
+    assert rows["outcome"].item() == "segmented"
+    with_bytes(next((tmp_path / "scans/x").iterdir()), lambda content: content[:-40])
+    _, rows, _, _ = run(tmp_path / "scans", tmp_path / "masks", segmenter, overwrite=True)
+    assert rows["outcome"].item() == "failed" and re.fullmatch(r"\\xff\d", rows["file"].item())
+
+
+def test_what_a_killed_run_leaves_is_no_scan(scans_folder, tmp_path, segmenter):
+    (tmp_path / "masks/.predictions").mkdir(parents=True)
+    (tmp_path / "masks/.predictions/.partial-abcdefgha.json").touch()
+    _, rows, _, _ = run(scans_folder, tmp_path / "masks", segmenter)
+    assert rows["scan"].tolist() == ["a", "c", "clinic/b"]

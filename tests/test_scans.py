@@ -584,3 +584,89 @@ def test_dicom_tells_its_modality_itself(root, make_dicom, sagittal):
     make_dicom(root / "exam", volume)
     write_volume(volume, root / "1_t2.nii")
     assert [len(read_scan(source).warnings) for source in find_scans(root)] == [1, 0]
+
+
+def test_a_series_without_a_modality_is_looked_at_like_a_file(root, make_dicom, sagittal):
+    generator = np.random.default_rng(0)
+    volume = sagittal(values=np.resize(generator.permutation(ct_like(0.4, generator)), (6, 9, 7)))
+    make_dicom(root / "exam", volume, modality="")
+    (source,) = find_scans(root)
+    assert read_scan(source).warnings == ("intensities like those of CT, not of MRI",)
+
+
+def test_what_nobody_foresaw_in_dicom_quotes_no_header(root, make_dicom, sagittal, monkeypatch):
+    make_dicom(root / "exam", sagittal())
+    (source,) = find_scans(root)
+
+    def fail(series):
+        raise ValueError(f"invalid literal: {make_dicom.identifiers[0]}")
+
+    monkeypatch.setattr(scans.dicom, "read_series", fail)
+    with pytest.raises(
+        VolumeError, match=r"exam: it cannot be read as DICOM \(ValueError\); expected a sound MR"
+    ) as caught:
+        read_scan(source)
+    assert make_dicom.identifiers[0] not in str(caught.value)
+    monkeypatch.setattr(scans.dicom, "read_series", lambda series: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        read_scan(source)
+
+
+def test_masks_made_earlier_are_no_scans(root, sagittal):
+    write_volume(sagittal(), root / "1_t2.mha")
+    write_volume(sagittal(), root / "masks/1_t2_seg.mha")
+    (root / "masks/.predictions").mkdir()
+    found = find_scans(root)
+    assert names(found) == ["1_t2"] and found.passed_over == {"with the masks of an earlier prediction": 1}
+    with pytest.raises(
+        VolumeError, match="masks: a folder with the masks of an earlier prediction; expected a folder of"
+    ):
+        find_scans(root / "masks")
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "found"),
+    [
+        (b"\xff_t2", r"\xff_t2", "a name that is not UTF-8"),
+        (b"x" * 240, "x" * 200, "a name of over 200 bytes"),
+        ("é".encode() * 101, "é" * 100, "a name of over 200 bytes"),
+    ],
+)
+def test_names_that_no_output_can_have_are_told(root, sagittal, name, called, found):
+    write_volume(sagittal(), root / "1_t2.mha")
+    write_volume(sagittal(), root / "2_t2.mha")
+    os.rename(root / "2_t2.mha", os.fsencode(root) + b"/" + name + b".mha")
+    sources = {source.name: source for source in find_scans(root)}
+    assert set(sources) == {"1_t2", called}
+    with pytest.raises(VolumeError, match=f"{found}; expected at most 200 bytes of UTF-8, .* Rename it") as caught:
+        read_scan(sources[called])
+    caught.value.path.encode()
+
+
+def test_a_folder_that_only_gives_its_names_is_told(root, sagittal, monkeypatch):
+    write_volume(sagittal(), root / "1_t2.mha")
+    write_volume(sagittal(), root / "locked/2_t2.mha")
+    real = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(f"{root}/locked/"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    sources = {source.name: source for source in find_scans(root)}
+    assert set(sources) == {"1_t2", "locked"}
+    with pytest.raises(
+        VolumeError, match=r"locked: it cannot be opened \(Permission denied\); expected a readable folder"
+    ):
+        read_scan(sources["locked"])
+
+
+def test_voxels_behind_a_folder_that_is_a_link_stay_out(root, tmp_path, sagittal):
+    # The header itself lies inside in the end; the voxels beside its name do not.
+    write_volume(sagittal(), tmp_path / "outside/1_t2.mhd")
+    shutil.move(tmp_path / "outside/1_t2.mhd", root / "real.mhd")
+    (tmp_path / "outside/1_t2.mhd").symlink_to(root / "real.mhd")
+    (root / "sub").symlink_to(tmp_path / "outside")
+    with pytest.raises(VolumeError, match=r"1_t2.zraw: a link that leads out"):
+        scan_at(root / "sub/1_t2.mhd", within=root)

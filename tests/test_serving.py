@@ -264,3 +264,37 @@ def test_importing_it_loads_no_heavy_library():
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert printed.stdout.strip() == "[]"
     assert printed.stderr == ""
+
+
+def test_whatever_goes_wrong_with_one_path_is_told(model, volume, tmp_path, monkeypatch):
+    write_volume(volume, tmp_path / "scan.mha")
+    (tmp_path / "a.mha").symlink_to(tmp_path / "b.mha")
+    (tmp_path / "b.mha").symlink_to(tmp_path / "a.mha")
+    monkeypatch.setenv("LUMBARFLOW_ALLOWED_FOLDER", str(tmp_path))
+    scan, circle = str(tmp_path / "scan.mha"), str(tmp_path / "a.mha")
+    first, second = model.predict(None, [circle, scan])
+    assert "no such file; expected an existing file" in first["error"] and second["labels"].shape == (6, 9, 7)
+    under_a_file = {"output_path": str(tmp_path / "scan.mha/below/mask.mha")}
+    with pytest.raises(
+        MlflowException, match=r"it cannot be segmented \(NotADirectoryError: Not a directory\); expected"
+    ):
+        model.predict(None, scan, under_a_file)
+
+
+def test_the_second_file_of_a_mask_is_not_overwritten_either(model, volume, tmp_path):
+    write_volume(volume, tmp_path / "scan.mha")
+    (tmp_path / "mask.zraw").write_text("by hand")
+    with pytest.raises(MlflowException, match=r"mask.zraw is there already; expected a new file"):
+        model.predict(None, str(tmp_path / "scan.mha"), {"output_path": str(tmp_path / "mask.mhd")})
+    assert (tmp_path / "mask.zraw").read_text() == "by hand"
+
+
+@pytest.mark.parametrize("other", ["below/a.mha", "b/a.MHA"])
+def test_two_masks_of_one_name_are_refused(model, tmp_path, other):
+    with pytest.raises(MlflowException, match="2 of the scans are called a.mha; expected names that differ"):
+        model.predict(None, ["a.mha", other], {"output_path": str(tmp_path), "overwrite": True})
+
+
+def test_a_series_and_a_file_may_ask_for_one_name_too(model, tmp_path):
+    with pytest.raises(MlflowException, match="2 of the scans are called exam_1.nii.gz; expected names that differ"):
+        model.predict(None, ["exam", "exam_1.nii.gz"], {"output_path": str(tmp_path), "overwrite": True})

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lumbarflow.imaging import Volume, VolumeError
+from lumbarflow.imaging import Volume, VolumeError, check_size
 
 MODALITY = "MR"
 
@@ -175,6 +175,7 @@ def read_series(series: DicomSeries) -> DicomVolume:
         raise VolumeError(series.folder, found, "one alone, or single-frame files", _SPLIT)
     slices = [place for file, dataset in datasets.items() for place in _slices(file, dataset)]
     _check_same_grid(series.folder, datasets, slices)
+    check_size(series.folder, (*reversed(_shape(*next(iter(datasets.items())))[1:]), len(slices)))
     slices, step_mm = _stack(series.folder, slices)
     row, column = _axes(slices[0])
     between_rows, between_columns = slices[0].spacing_mm

@@ -88,14 +88,16 @@ def write_segmentation(
             content_description="Vertebrae, vertebral canal and intervertebral discs",
             series_description="lumbarflow segmentation",
         )
-    except Exception as error:  # highdicom checks the source's header, and quotes it
+        write_atomically(path, segmentation.save_as)
+    except OSError:  # no room, or no right to write
+        raise
+    except Exception as error:  # highdicom and pydicom check what is taken from the source's header, and quote it
         raise VolumeError(
             source.instances[0],
             f"a header that no DICOM-SEG can refer to ({type(error).__name__})",
             "the study, frame of reference and patient modules of one MR series",
             "Export the series again, or go without DICOM-SEG.",
         ) from None
-    write_atomically(path, segmentation.save_as)
 
 
 def _meaning(label: int, numbered: bool) -> tuple[str, str]:

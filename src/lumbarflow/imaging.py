@@ -114,9 +114,9 @@ def volume_files(path: str | Path) -> list[Path]:
     if path.suffix.lower() != ".mhd":
         return [path]
     named = _metaimage_header(path)[0]["ElementDataFile"]
-    if named.upper() == "LOCAL":
+    if named in _LOCAL:
         return [path]
-    if named.split()[:1] == ["LIST"] or "%" in named:
+    if named.startswith("LIST") or "%" in named:
         raise VolumeError(
             path, f"its voxels lie in several files ({named!r})", "one data file", "Convert it into one .mha."
         )
@@ -130,6 +130,12 @@ def volume_files(path: str | Path) -> list[Path]:
             "Put both into one folder and name the file alone.",
         )
     return [path, path.parent / data.name]
+
+
+def written_files(path: str | Path) -> list[Path]:
+    """The files that `write_volume` and `write_channels` make for a path: with `.mhd` one for the voxels as well."""
+    path = Path(path)
+    return [path, path.with_suffix(".zraw")] if path.suffix.lower() == ".mhd" else [path]
 
 
 def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
@@ -154,6 +160,8 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
     _check_stated_geometry(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    # Left to itself, ITK knows no MetaImage by a name in capitals, and may take a file for another format than checked.
+    reader.SetImageIO(_READERS[split_volume_name(path.name)[1].lower()])
     try:
         reader.ReadImageInformation()
         dimension, components = reader.GetDimension(), reader.GetNumberOfComponents()
@@ -162,11 +170,7 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
             raise VolumeError(path, f"{dimension} dimensions", "3", "Export the series as one 3-D volume.")
         if components != 1:
             raise VolumeError(path, f"{components} values per voxel", "1", "Export grey values, not colours.")
-        if math.prod(reader.GetSize()) > _MOST_VOXELS:
-            size = " x ".join(map(str, reader.GetSize()))
-            raise VolumeError(
-                path, f"{size} voxels", f"at most {_MOST_VOXELS}, what fits in memory", "Crop it to the lumbar spine."
-            )
+        check_size(path, reader.GetSize())
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no reason given"
@@ -179,6 +183,15 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
     return kind(array, image.GetSpacing(), image.GetOrigin(), np.reshape(image.GetDirection(), (3, 3)))
 
 
+_READERS = {
+    ".mha": "MetaImageIO", ".mhd": "MetaImageIO", ".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO",
+    ".nrrd": "NrrdImageIO",
+}  # fmt: skip
+# What a MetaImage's ElementDataFile is when the voxels follow it; any other spelling is a file's name to ITK.
+_LOCAL = ("LOCAL", "Local", "local")
+# A line of its header. Where ITK's reader would see other lines than ours (it takes ":" for "=" and words before it for
+# keys), it could be led to voxels that we have not looked at, in any file of this machine.
+_METAIMAGE_LINE = re.compile(rb"([^\s=:]+)[ \t]*=([^\r\0]*)\r?")
 # Bytes of one value of a MetaImage's ElementType.
 _METAIMAGE_BYTES = {
     "MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4, "MET_LONG": 4,
@@ -221,13 +234,17 @@ def _metaimage_header(path: Path) -> tuple[dict[str, str], int]:
         head = file.read(_HEADER_LIMIT)
     header: dict[str, str] = {}
     offset = 0
-    for line in head.splitlines(keepends=True):
-        offset += len(line)
-        key, _, value = line.decode("latin-1").partition("=")
-        header[key.strip()] = value.strip()
-        if key.strip() == "ElementDataFile":
+    for line in head.split(b"\n"):
+        offset += len(line) + 1
+        if not line.strip():
+            continue
+        if not (read := _METAIMAGE_LINE.fullmatch(line)):
+            break
+        key, value = (part.strip().decode("latin-1") for part in read.groups())
+        header[key] = value
+        if key == "ElementDataFile":
             return header, offset
-    raise VolumeError(path, "no MetaImage header", "a line 'ElementDataFile = ...'", _COPY_AGAIN)
+    raise VolumeError(path, "no MetaImage header", "lines of 'key = value' up to 'ElementDataFile = ...'", _COPY_AGAIN)
 
 
 def _metaimage_bytes(path: Path) -> tuple[int, int]:
@@ -251,6 +268,10 @@ def _metaimage_bytes(path: Path) -> tuple[int, int]:
             path, f"a header with {lines}", "binary voxels of a known type and size", _COPY_AGAIN
         ) from None
     data = volume_files(path)[-1]
+    # A `.mha` may name another file as well, and ITK would read it.
+    if data == path and header["ElementDataFile"] not in _LOCAL:
+        named = header["ElementDataFile"]
+        raise VolumeError(path, f"its voxels lie in another file ({named!r})", "one file", "Convert it into one.")
     with open(data, "rb") as file:
         file.seek(skipped + (offset if data == path else 0))
         present = sum(map(len, _unpacked(path, file, stored) if compressed else _blocks(file)))
@@ -312,6 +333,8 @@ def _nrrd_fields(file: BinaryIO) -> dict[str, str]:
     """The header's fields and values; the file is then at the first voxel."""
     fields = {}
     while line := file.readline().strip():  # an empty one ends the header
+        if b"\r" in line:  # ends a line for ITK, which would see fields that we do not
+            return {}
         key, _, value = line.decode("latin-1").partition(":")
         fields[key.replace(" ", "").lower()] = value.strip()
     return fields
@@ -398,6 +421,13 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def check_size(path: str | Path, size: Sequence[int]) -> None:
+    """Raises VolumeError about `path` if an image of that many voxels along each axis would fill the memory."""
+    if math.prod(size) > _MOST_VOXELS:
+        found, expected = f"{' x '.join(map(str, size))} voxels", f"at most {_MOST_VOXELS}, what fits in memory"
+        raise VolumeError(path, found, expected, "Crop it to the lumbar spine.")
 
 
 def check_image(path: str | Path, image: Volume) -> None:

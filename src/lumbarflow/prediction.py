@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,9 @@ SETTINGS = (
 )  # fmt: skip
 
 SEGMENTED, FAILED, KEPT = "segmented", "failed", "kept"
-# Of a scan without a mask of this model: columns of its row.
-PROBLEM = ("found", "expected", "what_to_do")
+# Of a scan without a mask of this model: columns of its row. `file` is a name without its folder: of a DICOM series
+# that of the file that something is wrong with.
+PROBLEM = ("file", "found", "expected", "what_to_do")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ COLUMNS = (
     *(f"volume_ml_{CLASSES[index]}" for index in FOREGROUND),
     "vertebrae", "discs",
     *(f"{name}_{CLASSES[index]}" for name in ("entropy", "disagreement") for index in FOREGROUND),
-    "warnings", "found", "expected", "what_to_do",
+    "warnings", *PROBLEM,
 )  # fmt: skip
 TABLES = ("predictions.csv", "measurements.csv")
 
@@ -150,17 +151,23 @@ def tables(folder: PredictionFolder, index: Sequence[Mapping[str, Any]]) -> tupl
     )
 
 
+# What the record of a scan says while its outputs are being written.
+_INTERRUPTED = ("the run was interrupted before its outputs were complete", "all of them", "Run it again.")
+
+
 class PredictionFolder(SeriesStore):
     """What people take away lies in the folder under the scans' names; what made it, in `.predictions` below it.
 
     Files without a record belong to somebody else and are never touched.
     """
 
-    FOLDER = ".predictions"
+    FOLDER = scans.RECORDS
 
     def series(self) -> list[str]:
         folder = self.root / self.FOLDER
-        return sorted(path.relative_to(folder).as_posix()[: -len(".json")] for path in folder.rglob("*.json"))
+        # (Hidden is what a killed run was writing.)
+        records = [path for path in folder.rglob("*.json") if not path.name.startswith(".")]
+        return sorted(path.relative_to(folder).as_posix()[: -len(".json")] for path in records)
 
     def path(self, series: str, name: str) -> Path:
         return self.root / self.FOLDER / f"{series}.json" if name == RECORD else self.root / name
@@ -172,13 +179,14 @@ class PredictionFolder(SeriesStore):
         except (OSError, ValueError):
             return None
 
-    def is_current(self, series: str, key: str) -> bool:
-        return self._key(series) == key
+    def is_made_by(self, series: str, key: str) -> bool:
+        """Whether the scan's outputs, as far as they are still there, are what this work makes."""
+        return (self.known(series) or {}).get("key") == key
 
     def _key(self, series: str) -> str | None:
         record = self.known(series) or {}
         # Files in a folder that people use may be gone while their record is still there.
-        whole = all(self.path(series, name).is_file() for name in record.get("outputs", []))
+        whole = all(self.path(series, name).is_file() for name in _files_of(record.get("outputs", [])))
         return record.get("key") if whole else None
 
     def _write(self, series: str, work: Work) -> None:
@@ -187,7 +195,14 @@ class PredictionFolder(SeriesStore):
         # The record comes first, without its key, and again last, with it: what an interruption cut short is then known
         # as ours, and made again.
         record["outputs"] = sorted(files)
-        write_json(self.path(series, RECORD), {**record, "key": None})
+        if self.is_made_by(series, work.key):  # only some are gone; the others may have been corrected by hand
+            files = {
+                name: value
+                for name, value in files.items()
+                if not all(self.path(series, file).is_file() for file in _files_of([name]))
+            }
+        interrupted = _without_mask(record["row"], VolumeError(series, *_INTERRUPTED)) if files else {}
+        write_json(self.path(series, RECORD), {**record, **interrupted, "key": None})
         try:
             for name, value in files.items():
                 if isinstance(value, Volume):
@@ -195,7 +210,9 @@ class PredictionFolder(SeriesStore):
                 else:
                     write_atomically(self.path(series, name), value)
         except Exception as error:
-            record |= _failure(record["row"], _unforeseen(series, "its outputs cannot be written", error))
+            foreseen = isinstance(error, VolumeError)
+            problem = error if foreseen else _unforeseen(series, "its outputs cannot be written", error)
+            record |= _failure(record["row"], problem)
         write_json(self.path(series, RECORD), {"key": work.key, **record})
 
 
@@ -218,7 +235,7 @@ def plan_predictions(
         settings: SETTINGS.
     Returns:
         scan -> Work for all that may be written; and one row for each scan: `scan`, `key`, and, where outputs are there
-        already that must not be overwritten, `found`, `expected`, `what_to_do`.
+        already that must not be overwritten, PROBLEM.
     """
     check_settings(settings)
     if not folder.series() and (foreign := [name for name in TABLES if (folder.root / name).exists()]):
@@ -234,7 +251,7 @@ def plan_predictions(
     for source in sources:
         key = value_digest([code, digest, asked, _state(source)])
         row = {"scan": source.name, "key": key} | dict.fromkeys(PROBLEM, "")
-        if not (folder.is_current(source.name, key) or settings["overwrite"]):
+        if not (folder.is_made_by(source.name, key) or settings["overwrite"]):
             row |= _in_the_way(source, folder, model, settings)
         if not row["found"]:
             work[source.name] = Work(key, partial(predict_scan, source, segmenter, model, settings))
@@ -262,7 +279,7 @@ def predict_scan(
         done = segment_volume(segmenter, image.volume, settings["disagreement"])
         files, record = _outputs(source, image, done, model, settings)
     except Exception as error:
-        return {RECORD: _failure(row, _problem(source, error))}
+        return {RECORD: _failure(row, problem_of(source.path, error))}
     row |= {"seconds": round(time.monotonic() - start, 2)} | record.pop("row")
     return {RECORD: {"row": row, **record}, **files}
 
@@ -362,32 +379,43 @@ def _draw_measurements(image: Volume, numbered: LabelMap, measured: Sequence[Mea
 def _in_the_way(
     source: ScanSource, folder: PredictionFolder, model: str, settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Why a scan's outputs must not be written, as (found, expected, what_to_do); empty if nothing is in the way."""
-    there = [name for name in output_names(source, settings).values() if (folder.root / name).exists()]
+    """Why a scan's outputs must not be written, as PROBLEM; empty if nothing is in the way."""
+    there = [name for name in _files_of(output_names(source, settings).values()) if (folder.root / name).exists()]
     record = folder.known(source.name)
     # A record without a key is of a scan that failed, or was cut short: what lies there is ours and unfinished.
     unfinished = record is not None and record.get("key") is None
     if unfinished:
-        there = [name for name in there if name not in record.get("outputs", [])]
+        ours = _files_of(record.get("outputs", []))
+        there = [name for name in there if name not in ours]
     if not there:
         return {}
-    if record is None or unfinished:
+    if record is None:
         found = f"{there[0]} is there already, and not from here"
+    elif unfinished:
+        found = f"{there[0]} is there already, from elsewhere or from before this scan failed"
     else:
         found = (
             f"{there[0]} is there already, made by {record['row']['model']} of another scan, model, code or settings"
         )
     expected = f"nothing of that name, or what {model} makes of this scan as it is now"
     what_to_do = "Name another folder with output=DIR, or allow it with overwrite=true."
-    return dict(zip(PROBLEM, (found, expected, what_to_do), strict=True))
+    return dict(zip(PROBLEM, (source.path.name, found, expected, what_to_do), strict=True))
+
+
+def _files_of(outputs: Iterable[str]) -> list[str]:
+    """The files of some outputs, both relative to their folder."""
+    return [file.as_posix() for name in outputs for file in imaging.written_files(name)]
 
 
 def _state(source: ScanSource) -> list[Any]:
     """What tells whether a scan has changed: its files' names, sizes and times (reading them all takes too long)."""
     if source.problem is not None:
         return [str(source.problem)]
-    files = source.series.files if source.series else _files(source.path)
-    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    try:
+        files = source.series.files if source.series else _files(source.path)
+        return [[scans.printable(file.name), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+    except OSError as error:  # told when it is read
+        return [type(error).__name__]
 
 
 def _files(path: Path) -> list[Path]:
@@ -397,17 +425,20 @@ def _files(path: Path) -> list[Path]:
         return [path]
 
 
-def _problem(source: ScanSource, error: Exception) -> VolumeError:
+def problem_of(path: str | Path, error: Exception) -> VolumeError:
+    """Whatever was raised while a scan was segmented, as what was found, what was expected and what to do."""
     if isinstance(error, VolumeError):
         return error
     if isinstance(error, MemoryError):
-        return VolumeError(source.path, "too large for the memory", "a scan that fits", "Free some, or crop the scan.")
-    return _unforeseen(source.path, "it cannot be segmented", error)
+        return VolumeError(path, "too large for the memory", "a scan that fits", "Free some, or crop the scan.")
+    return _unforeseen(path, "it cannot be segmented", error)
 
 
 def _unforeseen(path: str | Path, what: str, error: Exception) -> VolumeError:
-    """Nobody foresaw it; still it is only that scan's trouble."""
-    found = f"{what} ({type(error).__name__}: {error})"
+    """Nobody foresaw it; still it is only that scan's trouble. (What reads DICOM keeps headers out of its errors.)"""
+    # An OSError's own text names the folders of this machine.
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    found = f"{what} ({type(error).__name__}: {reason})"
     return VolumeError(
         path, found, "a sagittal MRI of the lumbar spine, and room for its masks", "Open it in a viewer."
     )
@@ -415,8 +446,13 @@ def _unforeseen(path: str | Path, what: str, error: Exception) -> VolumeError:
 
 def _failure(row: Mapping[str, Any], problem: VolumeError) -> dict[str, Any]:
     """The record of a scan that has no masks now. Without its key it is tried again next time: the cause may pass."""
-    logger.warning("%s", problem)
-    what = dict(zip(PROBLEM, (problem.found, problem.expected, problem.remedy), strict=True))
+    logger.warning("%s", scans.printable(str(problem)))
+    return _without_mask(row, problem)
+
+
+def _without_mask(row: Mapping[str, Any], problem: VolumeError) -> dict[str, Any]:
+    parts = (Path(problem.path).name, problem.found, problem.expected, problem.remedy)
+    what = dict(zip(PROBLEM, map(scans.printable, parts), strict=True))
     kept = {name: row[name] for name in ("scan", "model")}
     return {"key": None, "row": kept | {"outcome": FAILED} | what, "measurements": []}
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from lumbarflow.labels import FOREGROUND
 
-
 # A probability of background above which nothing else can be decided; above a half by more than rounding.
 _SURELY = 0.51
 
@@ -113,9 +112,7 @@ class InPlaneGrid:
         """
         self._check(probabilities[None, ..., 0], self.size)
         unsure = probabilities[..., 0] <= _SURELY
-        rows, columns = (
-            taps.within(unsure.any(axis=axis)) for taps, axis in zip(self._backward, (1, 0), strict=True)
-        )
+        rows, columns = (taps.within(unsure.any(axis=axis)) for taps, axis in zip(self._backward, (1, 0), strict=True))
         part = [taps.part(where) for taps, where in zip(self._backward, (rows, columns), strict=True)]
         planes = [_resample(plane[None], *part)[0] for plane in np.moveaxis(probabilities, -1, 0)]
         return rows, columns, np.stack(planes, axis=-1)
@@ -169,9 +166,8 @@ class _Taps:
         within = first[:, None] + taps <= n_in - 1
         return cls(indices, np.where(within, np.take_along_axis(dense, indices, axis=1), np.float32(0)))
 
-
     def within(self, wanted: np.ndarray) -> slice:
-        """The output samples, from the first to the last, that have weight in any of the wanted inputs, bool (n_in,)."""
+        """The output samples, from the first to the last, with weight in any of the wanted inputs, bool (n_in,)."""
         reached = np.flatnonzero((wanted[self.indices] & (self.weights > 0)).any(axis=1))
         return slice(int(reached[0]), int(reached[-1]) + 1) if len(reached) else slice(0, 0)
 

@@ -45,6 +45,11 @@ _AIR_HU, _SOFT_TISSUE_HU, _BODY_HU = -900, (-200, 200), -500
 _DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 HIDDEN, OTHER = "hidden", "neither volumes nor DICOM images"
+EARLIER = "with the masks of an earlier prediction"
+# Below a folder of masks, what made them: see `prediction.PredictionFolder`.
+RECORDS = ".predictions"
+# Bytes; file systems take 255, and outputs add their endings to a scan's name, while they are written some more.
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class ScanSource:
 
 
 class FoundScans(list[ScanSource]):
-    """Scans by name; `passed_over` counts the files and folders beside them, by what they are (HIDDEN, OTHER)."""
+    """Scans by name; `passed_over` counts the files and folders beside them: HIDDEN, OTHER, EARLIER."""
 
     def __init__(self, sources: Iterable[ScanSource] = (), passed_over: Mapping[str, int] | None = None):
         super().__init__(sources)
@@ -104,17 +109,20 @@ def find_scans(root: str | Path, without: str | Path | None = None) -> FoundScan
     share a name get their formats added (`1_t2_mha` and `1_t2_nii_gz`), and numbers where these are the same.
 
     Links that stay below `root` are followed, each folder once. Nothing outside is opened: what leads there is found as
-    a scan with a `problem`.
+    a scan with a `problem`, and so is what has a name that no output can have. Folders of masks made earlier are passed
+    over: a mask is no scan.
 
     Args:
         without: a folder below `root` that holds outputs and is left out.
     Raises:
-        VolumeError: there is no such folder, or no scan below it.
+        VolumeError: there is no such folder, it holds masks made earlier, or there is no scan below it.
     """
     root = Path(root)
     if not root.is_dir():
         found = "a file" if root.exists() else "no such folder"
         raise VolumeError(root, found, "a folder of scans", "Name the folder that holds them.")
+    if (root / RECORDS).is_dir():
+        raise VolumeError(root, f"a folder {EARLIER}", "a folder of scans", "Name the folder that holds them.")
     search = _Search(root, None if without is None else _real(Path(without)))
     search.run()
     passed_over = +search.passed_over  # without zeros
@@ -148,7 +156,8 @@ def scan_at(path: str | Path, within: str | Path | None = None) -> ScanSource:
         expected = f"{' '.join(VOLUME_SUFFIXES)}, or the folder of a DICOM series"
         raise VolumeError(path, f"a file whose name ends in {path.suffix!r}", expected, "Name one of these.")
     for file in volume_files(path):
-        if inside is not None and _leads_out(file, inside):
+        # (A folder on the way may be a link too.)
+        if inside is not None and not _real(file).is_relative_to(inside):
             raise _link_error(file)
     return ScanSource(stem, path, suffix.lower())
 
@@ -169,12 +178,20 @@ def read_scan(source: ScanSource, limits: Mapping[str, Any] = LIMITS) -> ScanIma
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise VolumeError(source.path, f"it cannot be opened ({reason})", "a readable file", "Allow it.") from None
+    except (VolumeError, MemoryError):
+        raise
+    except Exception as error:
+        if source.series is None:
+            raise
+        # Nobody foresaw it; pydicom's messages may quote the header.
+        found = f"it cannot be read as DICOM ({type(error).__name__})"
+        raise VolumeError(source.path, found, "a sound MR series", "Export it again from DICOM.") from None
     check_image(source.path, volume)
     if min(volume.size) == 1:
         size = " x ".join(map(str, volume.size))
         raise VolumeError(source.path, f"a 2-D image ({size} voxels)", "several slices", "Export the whole series.")
     warnings = _unusual_geometry(volume, limits)
-    if read is None and _looks_like_ct(volume.array):
+    if not (read and read.modality) and _looks_like_ct(volume.array):
         warnings.append("intensities like those of CT, not of MRI")
     return ScanImage(volume, read.modality if read else None, read, tuple(warnings))
 
@@ -238,9 +255,13 @@ class _Search:
         try:
             with os.scandir(folder) as entries:
                 names = sorted(entry.name for entry in entries)
+            os.stat(f"{folder}/.")  # a folder may let its names be read and nothing else
         except OSError as error:
             problem = VolumeError(folder, f"it cannot be opened ({error.strerror})", "a readable folder", "Allow it.")
             self._add(self._name(folder), folder, problem=problem)
+            return
+        if RECORDS in names:
+            self.passed_over[EARLIER] += 1
             return
         files = []
         for path in (folder / name for name in names):
@@ -260,7 +281,13 @@ class _Search:
         return path.relative_to(self.root).as_posix() if path != self.root else self.inside.name
 
     def _add(self, name: str, path: Path, format: str = DICOM, **what: Any) -> None:
-        self.sources.append(ScanSource(name, path, format, **what))
+        usable = _usable(name)
+        if usable != name:
+            # Told with the other name: nobody could write this one down.
+            found = f"a name of over {_LONGEST_NAME} bytes" if printable(name) == name else "a name that is not UTF-8"
+            expected = f"at most {_LONGEST_NAME} bytes of UTF-8, to which outputs add their endings"
+            what["problem"] = VolumeError(_usable(str(path)), found, expected, "Rename it.")
+        self.sources.append(ScanSource(usable, path, format, **what))
 
     def _add_volume(self, path: Path) -> list[Path]:
         """Returns the volume's files."""
@@ -290,6 +317,17 @@ class _Search:
             self._add(self._name(folder), folder, problem=problem)
         for index, one in enumerate(series, 1):
             self._add(f"{self._name(folder)}_{index}", folder, series=one, problem=problem)
+
+
+def printable(text: str) -> str:
+    """The same text; bytes of file names that are no UTF-8, which no log or table can hold, are spelled out."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
+def _usable(name: str) -> str:
+    """The same path, but for bytes that are no UTF-8 and for parts that are too long."""
+    text = printable(name)
+    return "/".join(part.encode()[:_LONGEST_NAME].decode(errors="ignore") for part in text.split("/"))
 
 
 def _only_series(folder: Path, inside: Path | None) -> ScanSource:

@@ -124,20 +124,32 @@ class LumbarSegmenter(PythonModel):
             return {"path": path, "error": str(error)}
 
     def _predict_volume(self, path: str, given: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+        from lumbarflow.prediction import problem_of
+
+        try:
+            return self._volume(path, given, alone)
+        except ValueError:
+            raise
+        except Exception as error:  # no room for the mask, say: to the server's client it is like any other fault
+            raise problem_of(path, error) from error
+
+    def _volume(self, path: str, given: Mapping[str, Any], alone: bool) -> dict[str, Any]:
         from lumbarflow import prediction, scans
-        from lumbarflow.imaging import write_channels, write_volume
+        from lumbarflow.imaging import write_channels, write_volume, written_files
 
         if given["labels"] not in prediction.LABELS:
             raise ValueError(f"labels is {given['labels']!r}; expected one of {', '.join(prediction.LABELS)}")
         segmenter = self._augmented(given)
         # Within: a link among the files of a volume must not lead out of it either.
-        source = scans.scan_at(_allowed(path), within=os.environ.get(ALLOWED_FOLDER))
+        source = scans.scan_at(_allowed(path), within=os.environ.get(ALLOWED_FOLDER) or None)
         target = None
         if given["output_path"]:
             target = _allowed(str(_target(_allowed(given["output_path"]), source, alone)))
-            if target.exists() and not given["overwrite"]:
+            there = [file for file in written_files(target) if file.exists()]
+            if there and not given["overwrite"]:
                 raise ValueError(
-                    f"{target} is there already; expected a new file. Name another output_path, or pass overwrite=True."
+                    f"{there[0]} is there already; expected a new file. Name another output_path, or pass "
+                    "overwrite=True."
                 )
         image = scans.read_scan(source)
         result: dict[str, Any] = {"path": path}
@@ -194,7 +206,8 @@ def _allowed(path: str) -> Path:
                 "folder that it may use, where it is started."
             )
         return Path(path)
-    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+    # (Path.resolve raises for links in a circle.)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(
             f"{path} is not in the allowed folder; expected a path in {folder}. Copy the scan there, or start the "
             f"server with another {ALLOWED_FOLDER}."
@@ -204,7 +217,13 @@ def _allowed(path: str) -> Path:
 
 def _check_names_differ(paths: list[str]) -> None:
     """Masks of several scans go to one folder. Raises ValueError if two would have the same name there."""
-    names = [Path(os.path.abspath(path)).name for path in paths]
+    from lumbarflow.imaging import split_volume_name
+
+    names = []
+    for path in paths:
+        stem, suffix = split_volume_name(Path(os.path.abspath(path)).name)
+        # As `scans.scan_at` names them: endings in small letters, and DICOM's only series.
+        names.append(f"{stem}{suffix.lower()}" if suffix else f"{stem}_1.nii.gz")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"{names.count(twice[0])} of the scans are called {twice[0]}; expected names that differ, since all "

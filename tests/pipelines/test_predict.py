@@ -110,6 +110,15 @@ def test_a_bad_scan_fails_the_command_at_its_end_and_only_there(kedro_run, champ
     kedro_run("predict", scans=str(scans), output=str(output), **{"predict": {"preview": False}})
 
 
+def test_scans_that_are_numbers_fail_the_command_as_well(kedro_run, champion, make_volume, tmp_path):
+    # Read back from the table, 2 and NA are no longer what the plan calls them, unless told so.
+    write_volume(make_volume((5, 9, 7)), tmp_path / "scans/1.mha")
+    (tmp_path / "scans/2.mha").write_bytes(b"nothing")
+    arguments = {"scans": str(tmp_path / "scans"), "output": str(tmp_path / "masks")}
+    with pytest.raises(ValueError, match=r"1 of 2 scans were not segmented, such as 2;"):
+        kedro_run("predict", **arguments, **{"predict": {"preview": False, "measurements": False}})
+
+
 def test_short_names_of_parameters_and_other_versions(kedro_run, champion, scans, tmp_path):
     output = scans / "masks"  # below the scans: left out of them
     arguments = {"scans": str(scans), "output": str(output), "model_uri": "models:/lumbar-unet/3"}

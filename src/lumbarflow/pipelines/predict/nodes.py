@@ -41,7 +41,7 @@ def check_predictions(predictions: pd.DataFrame, index: pd.DataFrame) -> None:
         logger.warning("%s: %s", row.scan, row.warnings)
     left = rows[rows["outcome"] != prediction.SEGMENTED]
     for row in left.itertuples():
-        logger.error("%s: %s; expected %s. %s", row.scan, row.found, row.expected, row.what_to_do)
+        logger.error("%s (%s): %s; expected %s. %s", row.scan, row.file, row.found, row.expected, row.what_to_do)
     logger.info("%d scans segmented, %d not", len(rows) - len(left), len(left))
     if len(left):
         raise ValueError(

@@ -37,7 +37,7 @@ _spec = importlib.util.spec_from_file_location("registry_helpers", Path(__file__
 helpers = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = helpers
 _spec.loader.exec_module(helpers)
-network, store, logged = helpers.network, helpers.store, helpers.logged
+network, store, logged, scan_files = helpers.network, helpers.store, helpers.logged, helpers.scan_files
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def register(server, network):
 
 
 @pytest.mark.timeout(900)
-def test_versions_come_are_compared_are_pulled_and_go_back(server, register, network, tmp_path, caplog):
+def test_versions_come_are_compared_are_pulled_and_go_back(server, register, network, tmp_path, scan_files, caplog):
     assert register(0.8, "a" * 32)["champion"] == "1"
     second = register(0.9, "b" * 32)
     # What the first was tested on was read from its artefacts, through the server.
@@ -157,7 +157,12 @@ def test_versions_come_are_compared_are_pulled_and_go_back(server, register, net
 
     # In a process of its own, which knows the server's address and nothing else.
     source = helpers.assert_pulled_equals_pipeline(
-        sys.executable, "models:/lumbar-unet@champion", network, tmp_path, {"MLFLOW_TRACKING_URI": server.uri}
+        sys.executable,
+        "models:/lumbar-unet@champion",
+        network,
+        tmp_path,
+        scan_files,
+        {"MLFLOW_TRACKING_URI": server.uri},
     )
     assert not source.is_relative_to(Path(registry.__file__).parent)
 

@@ -46,7 +46,7 @@ def test_an_unknown_kind_is_an_error():
 
 def test_the_reason_of_a_bad_file_lies_below_kedros_error(tmp_path):
     (tmp_path / "1_t2.mha").write_bytes(b"garbage")
-    with pytest.raises(DatasetError, match="no MetaImage header; expected a line") as caught:
+    with pytest.raises(DatasetError, match="no MetaImage header; expected lines of") as caught:
         VolumeDataset(filepath=str(tmp_path / "1_t2.mha")).load()
     assert isinstance(caught.value.__cause__, VolumeError)
 

@@ -286,7 +286,7 @@ def predict_scan(
 
 def output_names(source: ScanSource, settings: Mapping[str, Any]) -> dict[str, str]:
     """What each output of a scan is called, relative to the output folder."""
-    names = {"labels": f"{source.name}_seg{source.suffix}"}
+    names = {"labels": source.mask_name}
     if settings["preview"]:
         names["preview"] = f"{source.name}_preview.png"
     if settings["measurements"]:

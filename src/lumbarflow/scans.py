@@ -75,6 +75,11 @@ class ScanSource:
         """How label maps of this scan end: as itself, `.nii.gz` for DICOM."""
         return ".nii.gz" if self.format == DICOM else self.format
 
+    @property
+    def mask_name(self) -> str:
+        """What its label map is called."""
+        return f"{self.name}_seg{self.suffix}"
+
 
 class FoundScans(list[ScanSource]):
     """Scans by name; `passed_over` counts the files and folders beside them: HIDDEN, OTHER, EARLIER."""

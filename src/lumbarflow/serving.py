@@ -235,7 +235,7 @@ def _target(output: Path, source: Any, alone: bool) -> Path:
     """The file that a mask is written to. Raises ValueError if the path is no file's where only a file will do."""
     from lumbarflow.imaging import split_volume_name
 
-    name = f"{Path(source.name).name}_seg{source.suffix}"
+    name = Path(source.mask_name).name
     if output.is_dir() or not alone:
         if output.exists() and not output.is_dir():
             raise ValueError(f"{output} is a file; expected a folder for the masks of several scans. Name a folder.")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset, DatasetError
 
+from lumbarflow.datasets.series_store import SeriesStoreDataset
 from lumbarflow.prediction import PredictionFolder
 from lumbarflow.scans import ScanSource, find_scans
-from lumbarflow.store import Work
 
 logger = logging.getLogger(__name__)
 
@@ -57,30 +56,19 @@ class ScanFolderDataset(AbstractDataset[None, list[ScanSource]]):
         return self._path.is_dir()
 
 
-class PredictionFolderDataset(AbstractDataset[Mapping[str, Work], PredictionFolder]):
-    """The folder of masks (see `lumbarflow.prediction`); saving does only the work that is outdated.
+class PredictionFolderDataset(SeriesStoreDataset):
+    """The same for a folder of masks (see `lumbarflow.prediction`).
 
     YAML:
         segmentations:
           type: lumbarflow.datasets.PredictionFolderDataset
           path: data/07_model_output/scans
+          description: predict
+          keep_others: true
     """
-
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(path)
-        self.metadata = metadata
 
     def load(self) -> PredictionFolder:
         return PredictionFolder(self._path)
-
-    def save(self, data: Mapping[str, Work]) -> None:
-        PredictionFolder(self._path).update(data, "predict", keep_others=True)
-
-    def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path)}
-
-    def _exists(self) -> bool:
-        return bool(PredictionFolder(self._path).series())
 
 
 class RegisteredModelDataset(AbstractDataset[None, Any]):

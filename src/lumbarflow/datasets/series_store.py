@@ -48,13 +48,13 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         return SeriesStore(self._path)
 
     def save(self, data: Mapping[str, Work]) -> None:
-        SeriesStore(self._path).update(data, self._description, self._keep_others)
+        self.load().update(data, self._description, self._keep_others)
 
     def _describe(self) -> dict[str, Any]:
         return {"path": str(self._path), "description": self._description}
 
     def _exists(self) -> bool:
-        return bool(SeriesStore(self._path).series())
+        return bool(self.load().series())
 
 
 class SyntheticCohortDataset(SeriesStoreDataset):
@@ -88,6 +88,3 @@ class SyntheticCohortDataset(SeriesStoreDataset):
         store.update(data, self._description)
         overview = pd.DataFrame([record["overview"] for record in store.records().values()])
         write_atomically(self._path / "overview.csv", lambda partial: overview.to_csv(partial, index=False))
-
-    def _exists(self) -> bool:
-        return bool(self.load().series())

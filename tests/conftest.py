@@ -1,10 +1,13 @@
-"""What the tests share: volumes whose every axis differs in size, spacing and direction, and hypothesis's settings."""
+"""What the tests share: volumes whose axes differ in size, spacing and direction, hypothesis's settings, a browser."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -18,6 +21,55 @@ settings.load_profile("lumbarflow")
 
 # Half a turn of every axis into the next but one, so that no column or row can be taken for another.
 OBLIQUE = np.array([[2.0, -1.0, 2.0], [2.0, 2.0, -1.0], [-1.0, 2.0, 2.0]]) / 3
+
+
+@pytest.fixture(scope="session")
+def artefacts() -> Path:
+    """Where tests leave what a person may want to look at, such as screenshots; kept after the run, not in git."""
+    folder = Path(__file__).parents[1] / "test-artefacts"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    """Debian's Chromium without a window, drawing WebGL on the processor (playwright.sync_api.Browser)."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        # .ci/run installs it: a skip there would be a test that silently never runs.
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on the PATH (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    # Chromium's own sandbox does not start as root, as in CI; the tests show it only pages that we made.
+    arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium) -> Iterator:
+    """An empty page (playwright.sync_api.Page) with no network but this machine's; what it asked of others fails the
+    test, and so does an error that no script caught."""
+    context = chromium.new_context(viewport={"width": 1400, "height": 900})
+    strangers, errors = [], []
+
+    def only_here(route) -> None:
+        url = urlsplit(route.request.url)
+        if url.scheme in ("http", "https", "ws", "wss") and url.hostname not in ("127.0.0.1", "localhost"):
+            strangers.append(route.request.url)
+            route.abort()
+        else:
+            route.continue_()
+
+    context.route("**/*", only_here)
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    context.close()
+    assert not errors
+    assert not strangers, "pages are to work without a network"
 
 
 @pytest.fixture(scope="session")

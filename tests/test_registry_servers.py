@@ -249,9 +249,9 @@ def _invoke(served: SimpleNamespace, inputs, params) -> tuple[int, dict]:
 
 
 def test_a_served_model_answers_slices_and_paths_in_its_folder_alone(served, network, make_volume, tmp_path):
-    from lumbarflow.networks import load_model
+    from lumbarflow.networks import for_inference, load_model
 
-    segmenter = Segmenter(load_model(network), helpers.SETTINGS)
+    segmenter = Segmenter(for_inference(load_model(network)), helpers.SETTINGS)
     slices = helpers.contrast((3, 20, 30))
     status, answer = _invoke(served, slices.tolist(), {"pixel_spacing_mm": helpers.SPACING})
     assert status == 200

@@ -270,10 +270,10 @@ def baselines_table(
 
 
 def load_network(trained: SeriesStore, run: Mapping[str, Any]) -> Any:
-    """The trained net of a run."""
-    from lumbarflow.networks import load_model
+    """The trained net of a run, as it is evaluated: see `networks.for_inference`."""
+    from lumbarflow.networks import for_inference, load_model
 
-    return load_model(trained.path(run["entry"], NETWORK))
+    return for_inference(load_model(trained.path(run["entry"], NETWORK)))
 
 
 def prediction_entry(run: str, series: str) -> str:

@@ -23,6 +23,7 @@ from lumbarflow import (
     intensity,
     metrics,
     model_input,
+    onnx_network,
     resampling,
     statistics,
     uncertainty,
@@ -114,7 +115,7 @@ def prediction_work(
     """Plan the segmentation of every series with slices of a side; each is made only if something has changed.
 
     Args:
-        load_network: returns the Keras model; called when the first series needs it.
+        load_network: returns the net, see `Segmenter`; called when the first series needs it.
         weights: digest of its weights.
         network: digest of what it does with them.
         model_input: what it was trained on.
@@ -158,7 +159,9 @@ def prediction_work(
 
 def _prediction_code() -> str:
     """Digest of the modules that predictions, and what is stored beside them, depend on."""
-    return source_digest(inference, model_input, augmentation, resampling, intensity, imaging, metrics, uncertainty)
+    return source_digest(
+        inference, onnx_network, model_input, augmentation, resampling, intensity, imaging, metrics, uncertainty
+    )
 
 
 def predicted_cases(
@@ -176,7 +179,7 @@ def predicted_cases(
         entry: series -> its entry's name in `predictions`.
         side: one of `model_input.SIDES`.
     """
-    for name, tested in track(sorted(_slices_of_side(manifest, side).items()), "score"):
+    for name, tested in track(sorted(_slices_of_side(manifest, side).items()), "score", "cases"):
         yield read_case(series, predictions, name, entry(name), tested)
 
 

@@ -67,7 +67,8 @@ class Segmenter:
     """A net together with the preprocessing that it was trained with.
 
     Args:
-        model: Keras model, float (n, H, W, 2 * neighbours + 1) -> probabilities (n, H, W, classes).
+        model: float (n, H, W, 2 * neighbours + 1) -> probabilities (n, H, W, classes): an `OnnxNetwork`, a Keras model,
+            or anything else with their `input_shape` and `predict`.
         settings: `size` [H, W], `keep_aspect`, `normalisation` and `percentiles` [lower, upper] as in preprocessing,
             `batch_size` (slices per forward pass) and `test_time_augmentation`: `shift`, a fraction of height and
             width, in whole pixels, and `rotation_degrees`, of the pixel grid. With either above 0 the probabilities are

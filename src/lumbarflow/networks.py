@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import warnings
 from pathlib import Path
 
 from lumbarflow import models
-from lumbarflow.backend import load_keras
+from lumbarflow.backend import load_keras, quiet_stderr
 from lumbarflow.files import write_atomically
+from lumbarflow.onnx_network import WEIGHTS, OnnxNetwork
+from lumbarflow.training_record import weights_digest
 
+logger = logging.getLogger(__name__)
 keras = load_keras()
 models.register_layers()
 
@@ -51,3 +57,38 @@ def uncompiled(model: keras.Model, dtype: str | None = None) -> keras.Model:
     twin = type(model).from_config(config)
     twin.set_weights(model.get_weights())
     return twin
+
+
+def to_onnx(model: keras.Model) -> bytes:
+    """The net as an ONNX graph in float32, for `OnnxNetwork`; it records the digest of the net's weights.
+
+    Probabilities differ from those of Keras in float32 by rounding.
+
+    Raises:
+        ValueError: the net has an operation that ONNX lacks.
+    """
+    import onnx
+
+    # The converter tells of every step, and goes on without what it cannot convert: the checker finds that.
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)
+    signature = [keras.InputSpec(shape=model.input_shape, dtype="float32", name="slices")]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet_stderr("the conversion to ONNX"):
+        warnings.simplefilter("ignore")  # of what other libraries have deprecated
+        path = Path(folder, "network.onnx")
+        uncompiled(model, dtype="float32").export(path, format="onnx", verbose=False, input_signature=signature)
+        graph = onnx.load(path)
+    try:
+        onnx.checker.check_model(graph)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"{model.name}: it cannot be converted to ONNX: {str(error).splitlines()[0]}") from error
+    onnx.helper.set_model_props(graph, {WEIGHTS: weights_digest(model)})
+    return graph.SerializeToString(deterministic=True)
+
+
+def for_inference(model: keras.Model) -> keras.Model | OnnxNetwork:
+    """The net as it is evaluated and served: by ONNX Runtime, or as it is where it has operations that ONNX lacks."""
+    try:
+        return OnnxNetwork(to_onnx(model))
+    except ValueError as error:
+        logger.info("%s. Keras computes it.", error)
+        return model

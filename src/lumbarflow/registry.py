@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a pulled model imports: SimpleITK and pydicom to read volumes, SciPy for what is measured on the masks.
-REQUIREMENTS = ("mlflow", "tensorflow", "keras", "numpy", "scipy", "SimpleITK", "pydicom")
+# What a pulled model imports: SimpleITK and pydicom to read volumes, SciPy for what is measured on the masks. And what
+# computes its net.
+REQUIREMENTS = ("mlflow", "numpy", "scipy", "SimpleITK", "pydicom")
+ONNX_RUNTIME, KERAS = ("onnxruntime",), ("keras", "tensorflow")
 
 PATIENTS_FILE, CASES_FILE, CARD_FILE = "patients.json", "cases.json", "model_card.md"
 FORMAT_VERSION = 1
@@ -289,8 +291,6 @@ def pull(model_uri: str) -> RegisteredModel:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from lumbarflow.training_record import weights_digest
-
     match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", model_uri)
     if match is None:
         raise ValueError(f"model_uri is {model_uri!r}; expected models:/<name>@<alias> or models:/<name>/<version>.")
@@ -310,7 +310,7 @@ def pull(model_uri: str) -> RegisteredModel:
         ) from None
     if not isinstance(segmenter := getattr(loaded, "segmenter", None), Segmenter):
         raise ValueError(f"{model_uri} holds a {type(loaded).__name__}; expected a model that lumbarflow registered.")
-    digest = value_digest([weights_digest(segmenter.model), segmenter.settings])
+    digest = value_digest([loaded.record["origin"]["weights"], segmenter.settings])
     return RegisteredModel(f"{name} version {version}", digest, segmenter)
 
 
@@ -404,7 +404,14 @@ def log_model(
         files = Path(temporary)
         source = files / "lumbarflow"
         shutil.copytree(Path(lumbarflow.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copyfile(model_path, files / "network.keras")
+        keras_file = files / "network.keras"
+        shutil.copyfile(model_path, keras_file)
+        graph = _graph(model_path)
+        if graph is None:
+            network, computes = keras_file, KERAS
+        else:
+            network, computes = files / "network.onnx", ONNX_RUNTIME
+            network.write_bytes(graph)
         write_json(files / "segmenter.json", record)
         write_json(files / PATIENTS_FILE, patients)
         write_json(files / CASES_FILE, cases)
@@ -415,14 +422,16 @@ def log_model(
                 # A string: MLflow takes a Path for a pickled object in what it says of the model's flavour.
                 python_model=str(source / "serving.py"),
                 artifacts={
-                    serving.NETWORK: str(files / "network.keras"),
+                    serving.NETWORK: str(network),
+                    # What computes cannot be trained further; this can.
+                    "keras": str(keras_file),
                     serving.SEGMENTER: str(files / "segmenter.json"),
                     "patients": str(files / PATIENTS_FILE),
                     "cases": str(files / CASES_FILE),
                     "card": str(files / CARD_FILE),
                 },
                 code_paths=[str(source)],
-                pip_requirements=[f"{library}=={installed_version(library)}" for library in REQUIREMENTS],
+                pip_requirements=[f"{library}=={installed_version(library)}" for library in REQUIREMENTS + computes],
                 signature=serving.SIGNATURE,
                 input_example=_input_example(),
             )
@@ -433,6 +442,23 @@ def log_model(
         name, info.model_uri, run_id=run_id, tags=tags, model_id=info.model_id, description=_description(card)
     )
     return _facts(name, str(version.version), tags, patients, cases), record
+
+
+def _graph(model_path: Path) -> bytes | None:
+    """The net as it was evaluated, see `networks.for_inference`; None if that is as it is."""
+    from lumbarflow.networks import load_model, to_onnx
+
+    try:
+        model = load_model(model_path)
+    except Exception as error:  # zipfile's, h5py's, Keras's, ...
+        raise ValueError(
+            f"{model_path}: not readable as a net ({error}); expected a .keras file. It was not registered. Run: "
+            "kedro run --pipeline=fit"
+        ) from error
+    try:
+        return to_onnx(model)
+    except ValueError:
+        return None
 
 
 def cohort_summary(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,11 +57,10 @@ class LumbarSegmenter(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         from lumbarflow.inference import Segmenter
-        from lumbarflow.networks import load_model
 
         # A model registered before a setting came to be lacks it, and is served as it was evaluated: `EARLIER`.
         self.record = read_json(context.artifacts[SEGMENTER])
-        self.segmenter = Segmenter(load_model(context.artifacts[NETWORK]), self.record["settings"])
+        self.segmenter = Segmenter(_network(context.artifacts[NETWORK]), self.record["settings"])
 
     # Paths come as well; but of any other hint, and of none, MLflow warns whenever the model is loaded.
     def predict(
@@ -178,6 +177,17 @@ class LumbarSegmenter(PythonModel):
         from lumbarflow.prediction import choose_augmentation
 
         return choose_augmentation(self.segmenter, given["test_time_augmentation"])
+
+
+def _network(path: str) -> Any:
+    """What computes: ONNX Runtime, or Keras for nets that ONNX cannot express, and for those registered earlier."""
+    if Path(path).suffix == ".onnx":
+        from lumbarflow.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(path)
+    from lumbarflow.networks import load_model
+
+    return load_model(path)
 
 
 def _paths(model_input: Any) -> str | list[str] | None:

@@ -31,6 +31,12 @@ class LeftNeighbour:
         return [np.ones(2, np.float32)]
 
 
+@pytest.fixture(autouse=True)
+def nets_as_they_are(monkeypatch) -> None:
+    """The nets here are no Keras models; test_networks.py has what becomes of those."""
+    monkeypatch.setattr("lumbarflow.networks.for_inference", lambda model: model)
+
+
 @pytest.fixture
 def model_input(tmp_path) -> ModelInput:
     """One series of four slices, of which 1 to 3 are for testing; each one's label is the picture before it."""

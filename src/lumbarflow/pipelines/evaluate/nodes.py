@@ -16,6 +16,7 @@ from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
 from lumbarflow.paper_protocol import paper_scores
 from lumbarflow.parameters import check_names
+from lumbarflow.progress import track
 from lumbarflow.provenance import check_training
 from lumbarflow.store import SeriesStore, Work
 from lumbarflow.training_record import weights_digest
@@ -31,12 +32,14 @@ def predict_test(
     settings: dict[str, Any],
 ) -> dict[str, Work]:
     """Plan the segmentation of every series with test slices, in the storage order of its raw file."""
+    from lumbarflow.networks import for_inference
+
     check_names(settings, evaluation.SETTINGS, "evaluation")
     weights = weights_digest(model)
     check_training(training_record, weights, model_input.manifest)
     tracking.tag_manifest(model_input.manifest)
     network = value_digest(model.to_json())
-    return evaluation.prediction_work(lambda: model, weights, network, model_input, series, settings)
+    return evaluation.prediction_work(lambda: for_inference(model), weights, network, model_input, series, settings)
 
 
 def score_cases(
@@ -87,10 +90,11 @@ def score_cases(
             "%s: expected calibration error %.3f; rank correlation of entropy with Dice over cases %.2f",
             *(name, errors[name], told[name]),
         )
+    # (The mean of the classes is what the run's summary begins with.)
     logger.info(
-        "mean foreground Dice %.4f over %d slices of %d test patients (pooled, native grid); "
-        "the reference itself, resampled to the input size and back, has %.4f",
-        *(mean, summary["test_slices"], summary["test_patients"], summary["ceiling_mean_foreground_dice"]),
+        "test slices: the references themselves, resampled to the net's size and back, have a mean"
+        " foreground Dice of %.4f",
+        summary["ceiling_mean_foreground_dice"],
     )
     confusion = {"classes": list(CLASSES), "counts": evaluated.confusion.tolist()}
     tables = (evaluated.by_case, by_class, evaluated.intervals, reliability)
@@ -101,11 +105,14 @@ def score_paper_protocol(
     model: Any, model_input: ModelInput, evaluation_settings: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The same net, with the same test-time augmentation, by the paper's measures (twice: for machines and people)."""
+    from lumbarflow.networks import for_inference
+
     slices = model_input.slices("test")
-    segmenter = Segmenter(model, model_input.segmenter_settings(evaluation_settings))
+    segmenter = Segmenter(for_inference(model), model_input.segmenter_settings(evaluation_settings))
 
     def batches():
-        for start in range(0, len(slices), segmenter.batch_size):
+        starts = range(0, len(slices), segmenter.batch_size)
+        for start in track(starts, "score by the paper's protocol", "batches"):
             batch = slices[start : start + segmenter.batch_size]
             images = np.stack([model_input.image(*where, segmenter.neighbours) for where in batch])
             net_input = images.astype(np.float32).reshape(len(batch), *model_input.size, -1)

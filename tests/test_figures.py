@@ -10,6 +10,7 @@ from matplotlib.colors import to_rgb
 
 from lumbarflow.figures import (
     MISSED,
+    SIDE_GREYS,
     Overlay,
     case_distribution,
     colour_labels,
@@ -18,7 +19,10 @@ from lumbarflow.figures import (
     measurement_figure,
     overlay_figure,
     png,
+    preview_figure,
     reliability_figure,
+    slices_figure,
+    split_figure,
     training_curves,
 )
 from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume
@@ -240,6 +244,47 @@ def test_with_nothing_measured_the_slice_with_most_labels_is_shown(measured):
     with pytest.raises(ValueError, match=r"an image of \(10, 8, 3\) voxels and labels of \(10, 8, 2\); expected one"):
         small = LabelMap(array[:2], instances.spacing_mm, instances.origin_mm, instances.direction)
         measurement_figure(image, small, [])
+
+
+def test_slices_stand_side_by_side_equally_bright_with_classes_and_notes(measured):
+    image, instances, _ = measured
+    classes = instances.with_array((instances.array > 0).astype(np.uint8) * 3)
+    figure = slices_figure(image, classes, [2, 0], ["low", ""])
+    last, first = figure.axes
+    np.testing.assert_array_equal(last.images[0].get_array(), image.array[2])
+    np.testing.assert_array_equal(first.images[0].get_array(), image.array[0])
+    assert last.images[0].get_clim() == first.images[0].get_clim()
+    assert last.get_aspect() == 2.0
+    np.testing.assert_allclose(last.images[1].get_array()[3, 1, :3], to_rgb(PALETTE["IVD"]))
+    assert last.get_title("left") == "sagittal slice 3 of 3\nlow"
+    assert first.get_title("left") == "sagittal slice 1 of 3"
+
+
+def test_a_preview_shows_the_quarters_of_what_was_found(make_volume):
+    image = make_volume((12, 3, 4))
+    found = make_volume((12, 3, 4), kind=LabelMap, dtype=np.uint8, values=np.zeros((12, 3, 4)))
+    found.array[2:11] = 1  # slices 2 to 10: a quarter is 4, the half 6, three quarters 8
+    titles = [axis.get_title("left") for axis in preview_figure(image, found).axes]
+    assert titles == [f"sagittal slice {number} of 12" for number in (5, 7, 9)]
+
+
+def test_a_split_has_a_row_for_each_patient_and_a_cell_for_each_slice():
+    rows = [
+        ("b", "b_t1", 0, "test"),
+        ("b", "b_t2", 0, "train"),
+        ("b", "b_t2", 1, "validation"),
+        ("a", "a_t1", 0, "train"),
+    ]
+    split = pd.DataFrame(rows, columns=["patient", "series", "slice", "side"])
+    # The paper's split: a slice that validates tests as well.
+    both = pd.concat([split, split.iloc[:1].assign(side="validation")])
+    for axis in split_figure({"one": split, "two": both}).axes:
+        cells = axis.images[0].get_array()
+        assert cells.filled(-1).tolist() == [[0, -1, -1], [2, 0, 1]]
+        assert [axis.images[0].cmap(place)[0] for place in range(3)] == pytest.approx([0.85, 0.5, 0])
+    figure = split_figure({"one": split})
+    assert figure.axes[0].get_title() == "one"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(SIDE_GREYS)
 
 
 def test_figures_become_the_same_png_without_a_warning(history, by_case, comparison, reliability, measured):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumbarflow.labels import CLASSES, LabelTable, UnknownLabelError, class_counts
+from lumbarflow.labels import CLASSES, FOREGROUND, MISSED, PALETTE, LabelTable, UnknownLabelError, class_counts
 
 SPIDER = {"vertebrae": ["1-25", "101-125"], "canal": [100], "IVD": ["201-225"]}
 
@@ -90,3 +91,48 @@ def test_class_counts_by_hand():
     counts = class_counts(classes)
     assert counts.tolist() == [[1, 2, 0, 1], [4, 0, 0, 0], [0, 0, 3, 1]]
     assert counts.dtype == np.int64
+
+
+# Machado, Oliveira and Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision Deficiency"
+# (doi 10.1109/TVCG.2009.113): linear RGB as seen with a severity of 1.
+MACHADO = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+# From linear sRGB to CIE XYZ (IEC 61966-2-1).
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+
+
+def lab(colour: str, vision: str) -> np.ndarray:
+    """CIE L*a*b* of "#RRGGBB" as it is seen."""
+    encoded = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.asarray(MACHADO[vision]) @ linear, 0, 1)
+    share = (XYZ @ seen) / XYZ.sum(axis=1)
+    x, y, z = np.where(share > 216 / 24389, np.cbrt(share), (24389 / 27 * share + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_lightness_and_hue_of_known_colours():
+    # Published values of sRGB's white, mid grey and red; who lacks the red cones sees red as dark.
+    np.testing.assert_allclose(lab("#FFFFFF", "normal"), [100, 0, 0], atol=0.01)
+    np.testing.assert_allclose(lab("#808080", "normal"), [53.59, 0, 0], atol=0.01)
+    np.testing.assert_allclose(lab("#FF0000", "normal"), [53.24, 80.09, 67.20], atol=0.01)
+    assert lab("#FF0000", "protanopia")[0] < 45
+
+
+@pytest.mark.parametrize("vision", MACHADO)
+def test_colours_are_told_apart_with_every_colour_blindness(vision):
+    # A distance of 2.3 is just noticed. The closest are orange and pink for tritanopia (17.2), green and pink for
+    # deuteranopia (17.9); and against grey, green and pink for deuteranopia (9.6 and 11.8).
+    colours = {name: PALETTE[name] for name in CLASSES[1:]} | {"missed": MISSED}
+    assert len(colours) == len(FOREGROUND) + 1
+    places = {name: lab(colour, vision) for name, colour in colours.items()}
+    for one, other in combinations(places, 2):
+        assert np.linalg.norm(places[one] - places[other]) > 15, (one, other)
+    for name, place in places.items():
+        assert np.linalg.norm(place - lab("#808080", vision)) > 9, name

@@ -6,14 +6,14 @@ Every curve and class has a marker or a place of its own as well, so that nothin
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from lumbarflow.labels import CLASSES, FOREGROUND, PALETTE
+from lumbarflow.labels import CLASSES, FOREGROUND, MISSED, PALETTE
 from lumbarflow.uncertainty import calibration_error
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ class Overlay:
     reference: np.ndarray
     prediction: np.ndarray
     pixel_spacing_mm: tuple[float, float]
-
-
-# Foreground of the reference that the prediction left out: Okabe and Ito's green, seen on bright fluid and dark bone.
-MISSED = "#009E73"
 
 
 def colour_labels(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
@@ -331,21 +327,76 @@ def preview_figure(image: Volume, classes: LabelMap) -> Figure:
     Args:
         image, classes: sagittal, on one grid; where nothing was found the quarters are those of the whole scan.
     """
+    found = np.flatnonzero(classes.array.any(axis=(1, 2)))
+    first, last = (found[0], found[-1]) if len(found) else (0, len(classes.array) - 1)
+    return slices_figure(image, classes, [int(first + share * (last - first)) for share in (0.25, 0.5, 0.75)])
+
+
+def slices_figure(
+    image: Volume, classes: LabelMap, slices: Sequence[int], notes: Sequence[str] | None = None
+) -> Figure:
+    """Sagittal slices of a scan, side by side and equally bright, with their classes on them.
+
+    Args:
+        image, classes: sagittal, on one grid.
+        slices: their indices.
+        notes: what to say of each, beside its number.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    found = np.flatnonzero(classes.array.any(axis=(1, 2)))
-    first, last = (found[0], found[-1]) if len(found) else (0, len(classes.array) - 1)
-    shown = [int(first + share * (last - first)) for share in (0.25, 0.5, 0.75)]
+    shown = list(slices)
+    notes = [""] * len(shown) if notes is None else notes
     column, row, _ = image.spacing_mm
     low, high = np.percentile(image.array[shown], (1, 99))
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    for axis, slice_ in zip(figure.subplots(1, 3), shown, strict=True):
+    figure = Figure(figsize=(4 * len(shown), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, slice_, note in zip(panels, shown, notes, strict=True):
         axis.imshow(image.array[slice_], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=row / column)
         axis.imshow(colour_labels(classes.array[slice_]), aspect=row / column, interpolation="nearest")
-        axis.set_title(f"sagittal slice {slice_ + 1} of {len(classes.array)}", fontsize=9, loc="left")
+        title = f"sagittal slice {slice_ + 1} of {len(classes.array)}"
+        axis.set_title(f"{title}\n{note}" if note else title, fontsize=9, loc="left")
         axis.set_axis_off()
     handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+# Greys, since the palette's colours are the classes'.
+SIDE_GREYS = {"train": "0.85", "validation": "0.5", "test": "0.0"}
+
+
+def split_figure(splits: Mapping[str, pd.DataFrame]) -> Figure:
+    """One panel per split: a row per patient, in it a cell per slice, series after series, in the grey of its side.
+
+    Args:
+        splits: title -> patient, series, slice, side (see `split.split_slices`). A slice on two sides is shown on the
+            later one of `SIDE_GREYS`.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    sides = list(SIDE_GREYS)
+    figure = Figure(figsize=(5.6 * len(splits), 4), layout="constrained")
+    for axis, (title, split) in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits.items(), strict=True):
+        side = split["side"].map(sides.index).groupby([split[name] for name in ("patient", "series", "slice")]).max()
+        patients = [values.to_numpy() for _, values in side.groupby(level="patient")]
+        cells = np.full((len(patients), max(map(len, patients))), np.nan)
+        for row, values in zip(cells, patients, strict=True):
+            row[: len(values)] = values
+        axis.imshow(
+            np.ma.masked_invalid(cells), cmap=ListedColormap(list(SIDE_GREYS.values())), vmin=0, vmax=len(sides) - 1,
+            aspect="auto", interpolation="nearest",
+        )  # fmt: skip
+        axis.set_title(title)
+        axis.set_xlabel("slices, series after series")
+        axis.set_ylabel("patients")
+        axis.set_yticks([])
+        axis.set_yticks(np.arange(len(patients) - 1) + 0.5, minor=True)
+        axis.grid(axis="y", which="minor", color="white")
+        axis.tick_params(which="minor", length=0)
+    handles = [Patch(facecolor=grey, edgecolor="black", label=side) for side, grey in SIDE_GREYS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 

@@ -12,6 +12,8 @@ FOREGROUND = range(1, CLASS_COUNT)
 
 # Okabe and Ito's colours, told apart with every common colour blindness and readable on grey MRI.
 PALETTE = {"background": "#000000", "vertebrae": "#E69F00", "canal": "#56B4E9", "IVD": "#CC79A7"}
+# Foreground of the reference that a prediction left out: their green, seen on bright fluid and dark bone.
+MISSED = "#009E73"
 
 # SPIDER's instance labels: vertebrae 1.. from the lowest up (PARTIAL_OFFSET + n where the edge cuts number n), the
 # canal, discs 201.. from the lowest up.

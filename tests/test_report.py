@@ -624,6 +624,15 @@ def test_every_case_is_listed_and_undefined_ones_are_counted():
     assert len(frames(section)[0]) == 9
 
 
+def test_pages_of_cases_are_linked_and_without_any_the_command_is_told():
+    section = report.viewer_section(["1_t1", 'a b"<'])
+    page = Page(to_html("T", [section]))
+    assert page.attributes("href")[1:] == ["viewer/1_t1.html", "viewer/a%20b%22%3C.html"]
+    assert 'a b"<' in page.words
+    assert r'- [a b"\<](viewer/a%20b%22%3C.html)' in to_markdown("T", [section])
+    assert "`kedro run --pipeline=viewer`" in words(report.viewer_section([]))
+
+
 def test_overlays_name_the_cases_that_they_show():
     chosen = pd.DataFrame(
         [("best", "1_t1", 7, 0.95), ("worst", HOSTILE, 3, 0.5)], columns=["case", "series", "slice", "dice"]

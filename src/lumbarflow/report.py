@@ -67,7 +67,14 @@ class Picture:
     file_name: str
 
 
-Block = Text | Table | Picture
+@dataclass(frozen=True)
+class Links:
+    """Links to files that lie beside the document: what is shown of each -> its relative path."""
+
+    paths: Mapping[str, str]
+
+
+Block = Text | Table | Picture | Links
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,9 @@ def _block_html(block: Block) -> str:
                 f"<figure>\n<figcaption>{_inline_html(caption)}</figcaption>\n"
                 f'<img src="{source}" alt="{escape(alt)}">\n</figure>\n'
             )
+        case Links(paths):
+            items = (f'<li><a href="{escape(quote(path))}">{escape(text)}</a></li>\n' for text, path in paths.items())
+            return f"<ul>\n{''.join(items)}</ul>\n"
 
 
 def _table_html(table: Table) -> str:
@@ -301,6 +311,8 @@ def _block_markdown(block: Block) -> str:
             return _table_markdown(block)
         case Picture(_, alt, caption, file_name):
             return f"![{_escape_markdown(alt)}]({quote(file_name)})\n\n{_inline_markdown(caption)}"
+        case Links(paths):
+            return "\n".join(f"- [{_escape_markdown(text)}]({quote(path)})" for text, path in paths.items())
 
 
 def _table_markdown(table: Table) -> str:
@@ -822,6 +834,22 @@ def cases_section(by_case: pd.DataFrame, png: bytes) -> Section:
             Table(foreground, "Every case and foreground class."),
         ],
     )
+
+
+def viewer_section(pages: Sequence[str], command: str = "kedro run --pipeline=viewer") -> Section:
+    """Where people can scroll through cases.
+
+    Args:
+        pages: names of the cases that have a page `viewer/<name>.html` beside the report.
+    """
+    if not pages:
+        text = f"Not part of this run. `{command}`, with the `--env` of this run, makes pages to scroll through cases."
+        return Section("Cases to scroll through", [Text(text)])
+    text = (
+        "Each page shows a case's volume with reference and prediction on it. The pages lie in `viewer`, beside this "
+        f"file; `{command} --params=case=NAME` makes more."
+    )
+    return Section("Cases to scroll through", [Text(text), Links({name: f"viewer/{name}.html" for name in pages})])
 
 
 def overlays_section(chosen: pd.DataFrame, png: bytes) -> Section:

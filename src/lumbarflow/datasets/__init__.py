@@ -5,6 +5,7 @@ from lumbarflow.datasets.nnunet import NnunetDataset
 from lumbarflow.datasets.prediction import PredictionFolderDataset, RegisteredModelDataset, ScanFolderDataset
 from lumbarflow.datasets.series_store import SeriesStoreDataset, SyntheticCohortDataset
 from lumbarflow.datasets.tables import OptionalCSVDataset
+from lumbarflow.datasets.text import MarkdownDataset
 from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeDataset
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "FileFolderDataset",
     "FolderDataset",
     "KerasModelDataset",
+    "MarkdownDataset",
     "ModelInputDataset",
     "NnunetDataset",
     "OptionalCSVDataset",

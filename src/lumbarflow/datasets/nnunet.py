@@ -9,6 +9,7 @@ from typing import Any
 from kedro.io import AbstractDataset
 
 from lumbarflow.nnunet import Export, NnunetStore
+from lumbarflow.store import Update
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,12 @@ class NnunetDataset(AbstractDataset[Export, NnunetStore]):
 
     Args:
         path: the folder; the data set gets its own in `nnUNet_raw/` there.
+    Attributes:
+        updated: what the last saving did.
     """
+
+    unit = "series"
+    updated: Update | None = None
 
     def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
         self._path = Path(path)
@@ -33,7 +39,7 @@ class NnunetDataset(AbstractDataset[Export, NnunetStore]):
         return NnunetStore(self._path)
 
     def save(self, data: Export) -> None:
-        self.load().export(data, "export_nnunet")
+        self.updated = self.load().export(data, "export_nnunet")
         logger.info("nnU-Net's data set is in %s; README.txt beside nnUNet_raw has the commands", self._path)
 
     def _describe(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class ScanFolderDataset(AbstractDataset[None, list[ScanSource]]):
             )
         found = find_scans(self._path, self._without)
         for what, number in found.passed_over.items():
-            logger.info("%s: passed over %d %s", self._path, number, what)
+            logger.info("predict: passed over %d %s in %s", number, what, self._path)
         return found
 
     def save(self, data: None) -> None:

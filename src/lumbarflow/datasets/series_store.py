@@ -11,7 +11,7 @@ import pandas as pd
 from kedro.io import AbstractDataset
 
 from lumbarflow.files import write_atomically
-from lumbarflow.store import SeriesStore, SpiderLayoutStore, Work
+from lumbarflow.store import SeriesStore, SpiderLayoutStore, Update, Work
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,12 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         path: the folder.
         description: what progress and log call the work.
         keep_others: saving leaves series that the data don't name: several pipelines write to this folder.
+        unit: what progress calls the series, if they are something else.
+    Attributes:
+        updated: what the last saving did; None without one, or if it had nothing to do.
     """
+
+    updated: Update | None = None
 
     def __init__(
         self,
@@ -37,18 +42,20 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         path: str,
         description: str = "series",
         keep_others: bool = False,
+        unit: str = "series",
         metadata: dict[str, Any] | None = None,
     ):
         self._path = Path(path)
         self._description = description
         self._keep_others = keep_others
+        self.unit = unit
         self.metadata = metadata
 
     def load(self) -> SeriesStore:
         return SeriesStore(self._path)
 
     def save(self, data: Mapping[str, Work]) -> None:
-        self.load().update(data, self._description, self._keep_others)
+        self.updated = self.load().update(data, self._description, self._keep_others, self.unit)
 
     def _describe(self) -> dict[str, Any]:
         return {"path": str(self._path), "description": self._description}
@@ -83,8 +90,8 @@ class SyntheticCohortDataset(SeriesStoreDataset):
                     "one or the other. Move yours to a folder of their own and name it with --params=raw_dir=DIR, or "
                     "delete images/, masks/, anatomy/ and overview.csv of the synthetic ones."
                 )
-            logger.info("%s holds %d files of yours: nothing is synthesized", self._path, len(foreign))
+            logger.info("%s: nothing, %s holds %d files of yours", self._description, self._path, len(foreign))
             return
-        store.update(data, self._description)
+        self.updated = store.update(data, self._description)
         overview = pd.DataFrame([record["overview"] for record in store.records().values()])
         write_atomically(self._path / "overview.csv", lambda partial: overview.to_csv(partial, index=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lumbarflow.pipelines.evaluate.nodes import choose_overlays
 from lumbarflow.preparation import data_hash, split_hash
 from lumbarflow.provenance import check_cohort, check_evaluation, unmarked_if_of
 from lumbarflow.store import SeriesStore
+from lumbarflow.viewer import model_of
 
 
 def compare_with_published(
@@ -74,6 +76,7 @@ def write_report(
     external: pd.DataFrame,
     external_report: pd.DataFrame,
     apta_audit: pd.DataFrame,
+    viewer_pages: dict[str, Callable[[], str]],
 ) -> tuple[Any, ...]:
     """The report as HTML and Markdown, then its pictures; what optional pipelines make is in it once they have run."""
     manifest = model_input.manifest
@@ -99,6 +102,7 @@ def write_report(
         report.reliability_section(reliability, png(believed)),
         report.cases_section(by_case, png(cases)),
         report.overlays_section(chosen, png(shown, dpi=100)),
+        report.viewer_section(_pages(viewer_pages, training_record["weights"])),
         report.ceiling_section(by_class, manifest),
         report.external_section(external, left_out),
         report.apta_section(apta_audit),
@@ -107,6 +111,11 @@ def write_report(
     ]
     documents = report.to_html(title, sections), report.to_markdown(title, sections)
     return (*documents, curves, cases, compared, shown, shares, believed)
+
+
+def _pages(pages: dict[str, Callable[[], str]], weights: str) -> list[str]:
+    """The cases whose page shows the prediction of these weights; older pages lie beside them."""
+    return [file.removesuffix(".html") for file, load in sorted(pages.items()) if model_of(load()) == weights]
 
 
 def _commit(summary: dict[str, Any]) -> dict[str, Any]:

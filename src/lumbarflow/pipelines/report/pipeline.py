@@ -52,6 +52,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "external_by_class_csv",
                     "external_report_csv",
                     "apta_audit_summary_csv",
+                    "viewer_pages",
                 ],
                 outputs=[
                     "report_html",

@@ -1,0 +1,3 @@
+from lumbarflow.pipelines.viewer.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -20,11 +21,28 @@ def quiet_tools() -> None:
     with warnings.catch_warnings(record=True):
         import kedro_mlflow.mlflow  # noqa: F401
     if "viz" in sys.argv:
-        # Kedro-Viz asks the package index for its newest version at every start: nothing phones home.
-        from kedro_viz.integrations import pypi
-
-        pypi.get_latest_version = lambda: None
+        _quiet_viz()
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated")
+
+
+def _quiet_viz() -> None:
+    """Let Kedro-Viz ask nobody for its newest version, and complain of no preview that can't be there yet."""
+    from kedro_viz import __version__
+    from kedro_viz.integrations import pypi
+    from packaging.version import parse
+
+    # The server's process has imported the function before it reads our settings.
+    for name in (pypi.__name__, "kedro_viz.api.rest.responses.version"):
+        if name in sys.modules:
+            sys.modules[name].get_latest_version = lambda: parse(__version__)
+    logging.getLogger("kedro_viz.models.flowchart.node_metadata").addFilter(_is_no_absent_file)
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")  # FastAPI's, to Kedro-Viz
+
+
+def _is_no_absent_file(record: logging.LogRecord) -> bool:
+    """False for what Kedro-Viz says of the preview of a file that its pipeline has not made yet."""
+    errors = [value for value in record.args or () if isinstance(value, Exception)]
+    return not any(isinstance(cause, FileNotFoundError) for error in errors for cause in (error, error.__cause__))
 
 
 def project_path(name: str | int) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pandas as pd
 
-from lumbarflow import comparison, evaluation, models, statistics
+from lumbarflow import comparison, evaluation, statistics
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.provenance import mark_table
 from lumbarflow.store import SeriesStore
-
-logger = logging.getLogger(__name__)
 
 
 def plan_baselines(
@@ -63,9 +60,6 @@ def compare_models(
         ],
         ignore_index=True,
     )
-    for name in plan:
-        row = table[(table["run"] == name) & (table["class"] == comparison.MEAN_FOREGROUND)].iloc[0]
-        logger.info("%s: mean foreground Dice %.4f (pooled)", models.find(name).title, row["dice"])
     content_hash = plan[settings["reference"]]["manifest"]["content_hash"]
     table, tests = (mark_table(made, content_hash=content_hash) for made in (table, tests))
     return table, table, tests, tests

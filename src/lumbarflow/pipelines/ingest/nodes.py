@@ -56,7 +56,7 @@ def ingest_series(
             "with masks/ likewise and overview.csv. Name the folder with --params=raw_dir=DIR"
         )
     logger.info(
-        "found %d series with files, %d rows of overview.csv without any, %d files that are no volumes",
+        "ingest: found %d series, %d rows of overview.csv without files, %d files that are no volumes",
         len(inventory.scans), len(inventory.absent), len(inventory.ignored),
     )  # fmt: skip
     table = LabelTable(labels["table"])

@@ -39,7 +39,7 @@ def plan_leakage(
     plan = {}
     for name in SPLITS:
         changed = split | settings[name]
-        logger.info("the run %s:", name)
+        logger.info("split by %s:", name)
         slice_index = index_slices(split_series(series_index, changed), series, filter_settings)
         manifest = manifest_of(prepared, series_index, slice_index, preprocess, changed, filter_settings, labels)
         budget = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}

@@ -21,7 +21,7 @@ def plan_predictions(
     scans: list[ScanSource], model: RegisteredModel, folder: Path, settings: dict[str, Any]
 ) -> tuple[dict[str, Work], pd.DataFrame]:
     """Plan the segmentation of every scan, and list what is to be done and what must be left as it is."""
-    logger.info("%d scans, to be segmented by %s", len(scans), model.title)
+    logger.info("predict: %d scans, to be segmented by %s", len(scans), model.title)
     work, index = prediction.plan_predictions(
         scans, model.segmenter, model.title, model.digest, PredictionFolder(folder), settings
     )
@@ -41,8 +41,9 @@ def check_predictions(predictions: pd.DataFrame, index: pd.DataFrame) -> None:
         logger.warning("%s: %s", row.scan, row.warnings)
     left = rows[rows["outcome"] != prediction.SEGMENTED]
     for row in left.itertuples():
-        logger.error("%s (%s): %s; expected %s. %s", row.scan, row.file, row.found, row.expected, row.what_to_do)
-    logger.info("%d scans segmented, %d not", len(rows) - len(left), len(left))
+        reason = (row.found, row.expected, row.what_to_do)
+        logger.error("left out %s (%s): %s; expected %s. %s", row.scan, row.file, *reason)
+    logger.info("predict: %d scans segmented, %d not", len(rows) - len(left), len(left))
     if len(left):
         raise ValueError(
             f"{len(left)} of {len(rows)} scans were not segmented, such as {left['scan'].iloc[0]}; the reasons stand "

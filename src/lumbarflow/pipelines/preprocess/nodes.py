@@ -74,12 +74,12 @@ def describe_model_input(
     manifest = manifest_of(prepared, series_index, slice_index, preprocess, split_settings, filter_settings, labels)
     kept = {side: sum(map(len, chosen.values())) for side, chosen in manifest["sides"].items()}
     logger.info(
-        "model input: %d x %d pixels, %d training, %d validation and %d test slices, data %s",
+        "model input: %d x %d pixels, %d training, %d validation and %d test slices, %s data",
         *manifest["size"], *(kept[side] for side in SIDES), manifest["data_kind"],
     )  # fmt: skip
     ceiling = sum(np.array(record["ceiling"]).sum(axis=0) for record in prepared.records().values())
     logger.info(
-        "the size alone: the reference of all series, resampled there and back, has a mean foreground Dice of %.4f",
+        "model input: the references themselves, resampled to this size and back, have a mean foreground Dice of %.4f",
         metrics.mean_foreground_dice(ceiling),
     )
     tracking.tag_manifest(manifest)

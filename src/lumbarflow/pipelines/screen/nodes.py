@@ -61,13 +61,17 @@ def train_screen(plan: Plan, prepared: SeriesStore, folder: Path, settings: dict
 def _attempt(entry: str, make: Callable[[], Any], deadline: float | None, minutes: float | None) -> Any:
     """What `make` gives, or a record of why there is no net; without a key, so that the next run tries again."""
     if deadline is not None and time.monotonic() > deadline:
-        return {RECORD: {"key": None, "not_run": f"not run: screen.max_minutes ({minutes:g}) were over"}}
+        return _left_out(entry, f"not run: screen.max_minutes ({minutes:g}) were over")
     try:
         return make()
     except (ValueError, FloatingPointError, MemoryError) as error:
-        # The other rows go on; the table names this one.
-        logger.warning("%s failed: %s", entry, error)
-        return {RECORD: {"key": None, "not_run": f"failed: {error}"}}
+        return _left_out(entry, f"failed: {error}")
+
+
+def _left_out(entry: str, reason: str) -> dict[str, Any]:
+    # The other rows go on; the table names this one.
+    logger.warning("left out %s: %s", entry, reason)
+    return {RECORD: {"key": None, "not_run": reason}}
 
 
 def predict_screen(
@@ -94,9 +98,9 @@ def score_screen(
     table = comparison.screen_table(settings["rows"], plan, trained, by_class, settings["reference"])
     for row in table.itertuples():
         if row.outcome == "run":
-            logger.info("%s: mean foreground Dice %.4f (%+.4f)", row.row, row.dice_mean_foreground, row.difference)
-        else:
-            logger.info("%s: %s", row.row, row.outcome)
+            logger.info("%s: mean foreground Dice %+.4f against %s", row.row, row.difference, settings["reference"])
+        elif row.row not in plan:  # (of the others it was said when their turn came)
+            logger.info("left out %s: %s", row.row, row.outcome)
     content_hash = next(iter(plan.values()))["manifest"]["content_hash"]
     table = mark_table(table, content_hash=content_hash)
     return table, table

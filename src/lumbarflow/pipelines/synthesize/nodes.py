@@ -19,7 +19,7 @@ def synthesize_scans(settings: dict[str, Any], raw_dir: str, synthetic_dir: str)
     Nothing is planned when the run reads its raw scans from elsewhere than the synthetic folder.
     """
     if raw_dir != synthetic_dir:  # both absolute, made so by the configuration
-        logger.info("raw scans come from %s: nothing to synthesize", raw_dir)
+        logger.info("synthesize: nothing, the raw series come from %s", raw_dir)
         return {}
     plans = phantom.plan_cohort(settings)
     code = source_digest(phantom)

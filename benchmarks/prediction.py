@@ -2,7 +2,7 @@
 
     python benchmarks/prediction.py [--size 256] [--rounds 5] [--model FILE.keras]
 
-Each stage, float32 and bfloat16, batch sizes and, where onnxruntime and tf2onnx are installed, ONNX Runtime take turns.
+Each stage, ONNX Runtime as in the product, Keras in float32 and in bfloat16, and batch sizes take turns.
 Shown are the fastest and the median round: a scheduler may keep both threads on one core for a whole round, so the
 fastest is what the hardware can do. An untrained net is unsure of every pixel, so that mapping back takes longest; a
 trained one of any size may be named with --model.
@@ -29,11 +29,12 @@ from lumbarflow.imaging import LabelMap, Volume, read_volume, to_sagittal, write
 from lumbarflow.inference import Segmenter
 from lumbarflow.intensity import normalisation_of
 from lumbarflow.labels import CLASS_COUNT
-from lumbarflow.networks import load_model
+from lumbarflow.networks import for_inference, load_model
 
 CONF = Path(__file__).parents[1] / "conf/base"
 SHAPE, SPACING = (20, 640, 512), (0.47, 0.47, 4.0)
 BATCHES = (1, 2, 4, 20)  # besides 8
+ONNX, KERAS = "ONNX Runtime", "Keras float32"
 SAGITTAL = np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]])
 
 
@@ -63,33 +64,18 @@ def untrained(size: int, precision: str, weights: list[np.ndarray] | None = None
     return model
 
 
-def onnx_session(model: Any) -> Any:
-    """The same net in ONNX Runtime, None where that or the converter is not installed."""
-    try:
-        import onnxruntime
-        import tensorflow as tf
-        import tf2onnx
-    except ImportError as error:
-        print(f"ONNX Runtime is left out: {error.name} is not installed")
-        return None
-    signature = [tf.TensorSpec(model.input_shape, tf.float32, name="slices")]
-    call = tf.function(lambda slices: model(slices, training=False))
-    proto, _ = tf2onnx.convert.from_function(call, input_signature=signature, opset=18)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
 class Bench:
     """All stages of one scan, once a round."""
 
-    def __init__(self, segmenters: dict[str, Segmenter], session: Any, scan: Path, mask: Path):
-        self.segmenters, self.session, self.scan, self.mask = segmenters, session, scan, mask
+    def __init__(self, segmenters: dict[str, Segmenter], scan: Path, mask: Path):
+        self.segmenters, self.scan, self.mask = segmenters, scan, mask
         self.times = Times()
 
     def whole(self, segmenter: Segmenter) -> None:
         write_volume(segmenter.segment(read_volume(self.scan)), self.mask)
 
     def round(self) -> None:
-        times, ours, other = self.times, self.segmenters["float32"], self.segmenters["mixed_bfloat16"]
+        times, ours = self.times, self.segmenters[ONNX]
         for name, segmenter in self.segmenters.items():
             times(f"file to file, {name}", partial(self.whole, segmenter))
         volume = times("  read", partial(read_volume, self.scan))
@@ -101,23 +87,16 @@ class Bench:
         grid, inputs = ours._prepared(sagittal.array, SPACING[1::-1])
         inputs = times("  normalise and resample", partial(list, inputs))
         stacked = np.concatenate(inputs)
-        found = times("  net, float32, batches of 8", lambda: [ours._forward(batch) for batch in inputs])
-        planes = np.concatenate(found)
+        found = {
+            name: times(f"  net, {name}, batches of 8", lambda segmenter=segmenter: [*map(segmenter._forward, inputs)])
+            for name, segmenter in self.segmenters.items()
+        }
+        planes = np.concatenate(found[ONNX])
         times("  map back and decide", lambda: [grid.foreground_to_native(p)[2].argmax(axis=-1) for p in planes])
         labels = LabelMap(orientation.restore(sagittal.array % CLASS_COUNT), *_grid(volume))
         times("  write", partial(write_volume, labels, self.mask))
-        times("  net, mixed_bfloat16, batches of 8", lambda: [other._forward(batch) for batch in inputs])
         for size in BATCHES:
-            times(f"  net, float32, batches of {size}", partial(predict, ours.model, stacked, size))
-        if self.session:
-            feed = self.session.get_inputs()[0].name
-            times(
-                "  net, ONNX Runtime, batches of 8", lambda: [self.session.run(None, {feed: batch}) for batch in inputs]
-            )
-
-
-def predict(model: Any, slices: np.ndarray, size: int) -> np.ndarray:
-    return model.predict(slices, batch_size=size, verbose=0)
+            times(f"  net, {ONNX}, batches of {size}", partial(ours.model.predict, stacked, size))
 
 
 def _grid(volume: Volume) -> tuple[Any, ...]:
@@ -132,7 +111,8 @@ def main() -> None:
     arguments = parser.parse_args()
     load_keras()
     weights = load_model(arguments.model).get_weights() if arguments.model else None
-    nets = {name: untrained(arguments.size, name, weights) for name in ("float32", "mixed_bfloat16")}
+    nets = {f"Keras {name}": untrained(arguments.size, name, weights) for name in ("float32", "mixed_bfloat16")}
+    nets = {ONNX: for_inference(nets[KERAS])} | nets
     settings = yaml.safe_load((CONF / "parameters_preprocess.yml").read_text())["preprocess"]
     settings = {name: settings[name] for name in ("keep_aspect", "normalisation", "percentiles")}
     settings |= {"size": [arguments.size] * 2, "batch_size": 8}
@@ -147,30 +127,21 @@ def main() -> None:
         scan, mask = Path(folder, "scan.mha"), Path(folder, "mask.mha")
         write_volume(Volume(voxels, SPACING, (0.0, 0.0, 0.0), SAGITTAL), scan)
 
-        prepared = list(segmenters["float32"]._prepared(voxels, spacing)[1])
-        stacked = np.concatenate(prepared)
-        session = onnx_session(nets["float32"])
+        prepared = np.concatenate(list(segmenters[ONNX]._prepared(voxels, spacing)[1]))
         for segmenter in segmenters.values():  # the first calls build the graphs
             segmenter.labels(voxels, spacing)
-        for size in BATCHES:
-            predict(nets["float32"], stacked[:size], size)
-        if session:
-            feed = session.get_inputs()[0].name
-            agree = np.abs(
-                session.run(None, {feed: prepared[0]})[0] - segmenters["float32"]._forward(prepared[0])
-            ).max()
-            print(f"ONNX Runtime's probabilities differ by {agree:.1g} at most")
+        one, other = (segmenters[name].predict(prepared) for name in (ONNX, KERAS))
+        print(f"ONNX Runtime's probabilities differ by {np.abs(one - other).max():.1g} at most from Keras's")
 
-        bench = Bench(segmenters, session, scan, mask)
+        bench = Bench(segmenters, scan, mask)
         for _ in range(arguments.rounds):
             bench.round()
     print(f"\n{SHAPE[0]} slices of {SHAPE[1]} x {SHAPE[2]} by a net of {arguments.size} x {arguments.size}")
     print(f"{'':<52} {'fastest':>9} {'median':>9}")
     bench.times.print()
-    if session:
-        ours, theirs = (bench.times.seconds[f"  net, {name}, batches of 8"] for name in ("float32", "ONNX Runtime"))
-        ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-        print(f"Keras / ONNX Runtime: fastest {min(ours) / min(theirs):.2f}, median {statistics.median(ratios):.2f}")
+    ours, theirs = (bench.times.seconds[f"  net, {name}, batches of 8"] for name in (ONNX, KERAS))
+    ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
+    print(f"{KERAS} / {ONNX}: fastest {min(theirs) / min(ours):.2f}, median {statistics.median(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,29 @@ def test_unsigned_intensities_do_not_wrap_around():
     np.testing.assert_allclose(figures.apply(series), (series - 116.25) / np.std(series), rtol=1e-5)
 
 
+@given(
+    st.sampled_from([np.uint8, np.int16, np.uint16, np.int32, np.float32]),
+    st.lists(st.integers(0, 255), min_size=2, max_size=40).filter(lambda values: len(set(values)) > 1),
+    st.sampled_from([(0, 100), (0.5, 99.5), (10, 90)]),
+)
+def test_figures_are_the_same_however_they_are_counted(dtype, values, percentiles):
+    # The largest value of each type, too: differences of such must not overflow.
+    most = 10**6 if dtype in (np.int32, np.float32) else np.iinfo(dtype).max
+    series = np.array([0, *values, most]).astype(dtype)
+    lower, upper = np.percentile(series.astype(np.float64), percentiles)
+    clipped = np.clip(series.astype(np.float64), lower, upper)
+    if lower < upper:
+        found = Normalisation.of(series, percentiles)
+        assert (found.lower, found.upper) == pytest.approx((lower, upper), rel=1e-6)
+        assert (found.mean, found.std) == pytest.approx((clipped.mean(), clipped.std()), rel=1e-6)
+
+
+def test_the_widest_range_of_signed_intensities():
+    series = np.array([-32768, 32767, 32767, 32767], np.int16)
+    figures = Normalisation.of(series, (0, 100))
+    assert figures.to_dict() == pytest.approx({"lower": -32768, "upper": 32767, "mean": 16383.25, "std": 28377.487})
+
+
 @given(st.integers(0, 2**32), st.floats(0.01, 100), st.floats(-1000, 1000))
 def test_the_unit_of_the_scanner_does_not_matter(seed, scale, offset):
     series = np.random.default_rng(seed).gamma(2.0, size=(3, 5, 7))

@@ -127,8 +127,8 @@ def test_lightness_and_hue_of_known_colours():
 
 @pytest.mark.parametrize("vision", MACHADO)
 def test_colours_are_told_apart_with_every_colour_blindness(vision):
-    # A distance of 2.3 is just noticed. The closest are orange and pink for tritanopia (17.2), green and pink for
-    # deuteranopia (17.9); and against grey, green and pink for deuteranopia (9.6 and 11.8).
+    # A distance of 2.3 is just noticed. The closest are canal and green for tritanopia (16.1), orange and pink for the
+    # same (17.2); and against grey, green and pink for deuteranopia (9.6 and 11.8).
     colours = {name: PALETTE[name] for name in CLASSES[1:]} | {"missed": MISSED}
     assert len(colours) == len(FOREGROUND) + 1
     places = {name: lab(colour, vision) for name, colour in colours.items()}

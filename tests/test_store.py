@@ -97,10 +97,13 @@ def test_files_of_an_outdated_series_do_not_linger(store, maker):
     assert names(store.root) == {"1_t2/record.json"}
 
 
-def test_a_record_may_forbid_its_reuse(store, maker):
+def test_a_record_may_forbid_its_reuse(store, maker, caplog):
+    caplog.set_level(logging.INFO, logger=LOG)
     for _ in range(2):
-        store.update({"1_t2": maker.work("1_t2", "k", {"key": None})})
+        update = store.update({"1_t2": maker.work("1_t2", "k", {"key": None})}, "predict")
     assert maker.made == ["1_t2", "1_t2"]
+    assert (update.made, update.failed) == ([], ["1_t2"])
+    assert caplog.messages[-1] == "predict: 0 made, 0 unchanged and taken from the last run, 0 removed, 1 failed"
 
 
 @pytest.mark.parametrize("content", ["", "{"])

@@ -133,10 +133,15 @@ def describe_hardware(precision: str = "auto") -> dict:
         "keras": keras.__version__,
         "backend": f"{backend} {importlib.import_module(backend).__version__}",
         "processor": " ".join(_cpu_information("model name")) or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "gpus": [gpu.get("device_name", "unnamed GPU") for gpu in _gpu_details()],
         "precision": resolve_precision(precision),
     }
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_seed(seed: int) -> None:

@@ -16,7 +16,7 @@ from lumbarflow.batches import SliceBatches
 from lumbarflow.checkpoint import Checkpoint
 from lumbarflow.devices import Devices
 from lumbarflow.networks import save_model
-from lumbarflow.progress import track
+from lumbarflow.progress import duration, track
 from lumbarflow.training_settings import TrainingSettings
 
 keras = load_keras()
@@ -56,6 +56,20 @@ def find_checkpoint(output: Path, key: str, code: Mapping[str, str]) -> Checkpoi
     return found
 
 
+class _Evaluated(keras.callbacks.Callback):
+    """Shows how far an evaluation is, which may take as long as the training before it."""
+
+    def __init__(self, batches: int, description: str):
+        super().__init__()
+        self.steps = track(range(batches), description, "batches")
+
+    def on_test_batch_begin(self, batch, logs=None):
+        next(self.steps, None)
+
+    def on_test_end(self, logs=None):
+        self.steps.close()
+
+
 class Epochs(keras.callbacks.Callback):
     """What happens between epochs: validation, history, the best weights, checkpoints and the reasons to stop.
 
@@ -90,6 +104,7 @@ class Epochs(keras.callbacks.Callback):
         self.best_weights: Sequence[np.ndarray] = []
         self.stopped_by = "epochs"
         self.startup_seconds: float | None = None
+        self.steps = track((), "no epoch yet")
         self._called = started
         self._found = found
         if found is None:
@@ -109,6 +124,10 @@ class Epochs(keras.callbacks.Callback):
         if on_epoch is not None:
             for record in self.history:
                 on_epoch(record)
+
+    def close(self) -> None:
+        """End the progress of the epoch in hand."""
+        self.steps.close()
 
     @property
     def finished(self) -> bool:
@@ -136,10 +155,11 @@ class Epochs(keras.callbacks.Callback):
         # Keras starts reading the epoch's batches after this.
         self.train.epoch = epoch
         self.epoch_started = time.monotonic()
-        self.progress = iter(track(range(len(self.train)), f"epoch {epoch + 1} of {self.settings.epochs}", "batches"))
+        self.title = f"epoch {epoch + 1} of {self.settings.epochs}"
+        self.steps = track(range(len(self.train)), self.title, "batches")
 
     def on_train_batch_begin(self, batch, logs=None):
-        next(self.progress)
+        next(self.steps)
 
     def on_train_batch_end(self, batch, logs=None):
         self.train_ended = time.monotonic()
@@ -150,11 +170,12 @@ class Epochs(keras.callbacks.Callback):
         self._check_finite("loss", logs["loss"], batch)
 
     def on_epoch_end(self, epoch, logs=None):
-        next(self.progress, None)
+        self.steps.close()
         weights = self._served_weights()
         with self.devices.apart():
             self.served.set_weights(weights)
-            scores = self.served.evaluate(self.validation, return_dict=True, verbose=0)
+            shown = _Evaluated(len(self.validation), f"{self.title}, validation")
+            scores = self.served.evaluate(self.validation, return_dict=True, verbose=0, callbacks=[shown])
         self._check_finite("validation loss", scores["loss"])
         now = time.monotonic()
         rest = (len(self.train) - 1) * self.train.batch_size
@@ -174,14 +195,17 @@ class Epochs(keras.callbacks.Callback):
         if better:
             self.best_epoch, self.best_weights = epoch + 1, weights
         due, reason = self._due(now)
+        left = self.settings.epochs - record["epoch"]
         if self.output is not None:
             # The net first: one that is newer than the checkpoint is written again when the epoch is repeated.
             self._write(better, finished=due if due in ("epochs", "patience") else None)
         logger.info(
-            "epoch %d of %d: loss %.4f, validation loss %.4f, validation mean IoU %.4f%s; %.1f slices/s, %.1f s",
-            *(record["epoch"], self.settings.epochs, record["loss"], record["val_loss"], record["val_mean_iou"]),
+            "%s: loss %.4f, validation loss %.4f, validation mean IoU %.4f%s; %.1f slices/s, %.1f s%s",
+            *(self.title, record["loss"], record["val_loss"], record["val_mean_iou"]),
             " (best)" if better else "",
             *(record["slices_per_second"], record["seconds"]),
+            # Patience or max_minutes may end it earlier.
+            f", at most about {duration(record['seconds'] * left)} left" if left and due is None else "",
         )
         if self.on_epoch is not None:
             self.on_epoch(record)

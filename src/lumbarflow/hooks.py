@@ -4,127 +4,141 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
+from kedro.pipeline.node import Node
 
-from lumbarflow import tracking
+from lumbarflow import summary, tracking
+from lumbarflow.progress import duration
 
 logger = logging.getLogger(__name__)
 
-# Catalog entries that a person would open next, in this order.
-_TO_LOOK_AT = (
-    "ingest_report_csv",
-    "metrics_by_class_csv",
-    "metrics_by_case_csv",
-    "overlays_figure",
-    "confusion_figure",
-    "reliability_figure",
-    "leakage_table_csv",
-    "baselines_table_csv",
-    "baselines_tests_csv",
-    "tune_trials_csv",
-    "screen_table_csv",
-    "recipes_table_csv",
-    "external_report_csv",
-    "external_by_class_csv",
-    "apta_audit_summary_csv",
-    "comparison_csv",
-    "scan_predictions",
-    "scan_measurements",
-    "report_html",
-    "report_markdown",
-)
-
-_NEXT = {
-    "ingest": "kedro run --pipeline=preprocess",
-    "preprocess": "kedro run --pipeline=fit",
-    "fit": "kedro run --pipeline=evaluate",
-    "evaluate": "kedro run --pipeline=register",
-    "leakage": "kedro run --pipeline=report",
-    "baselines": "kedro run --pipeline=report",
-}
-
-
 RUN_TIMES = "run_times"
-PARTIAL = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs")
+PARTIAL = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_outputs", "namespaces")
 
 
 def _names(run_params: dict[str, Any]) -> list[str]:
-    return run_params.get("pipeline_names") or [run_params.get("pipeline_name") or "__default__"]
+    """The pipelines of the run, in the order of their work: Kedro hands on a set of what the command names."""
+    names = run_params.get("pipeline_names") or [run_params.get("pipeline_name") or "__default__"]
+    order = [*summary.NEXT, *sorted(set(names) - set(summary.NEXT))]
+    return sorted(names, key=order.index)
+
+
+def _is_part(run_params: dict[str, Any]) -> bool:
+    return any(run_params.get(name) for name in PARTIAL)
 
 
 class RunHooks:
-    """Tag the MLflow run with the git commit; close the log with the figures, where they lie and what to do next."""
+    """Tag the MLflow run with the git commit; close the log with what came out, where it lies and what to do next."""
 
     def __init__(self) -> None:
-        self._start = 0.0
-        self._made: dict[str, Any] = {}
         self._commit: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = time.monotonic()
+        self._step = ""
+        self._made: dict[str, None] = {}
+        # Entry -> words, see `summary`: keeping what the entries hold would keep the model and the stores alive.
+        self._results: dict[str, str] = {}
+        self._read: dict[str, str] = {}
+        self._left_out: dict[str, str] = {}
 
     # Last, so that kedro-mlflow has opened its run.
     @hook_impl(trylast=True)
     def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
-        self._start = time.monotonic()
-        self._made = {}
+        self._begin()
         self._commit = tracking.git_commit(str(run_params.get("project_path") or "."))
         tracking.tag_run(self._commit)
 
     @hook_impl
-    def after_node_run(self, outputs: dict[str, Any]) -> None:
-        # Only what the summary prints: keeping every output would keep the model and the stores alive.
-        self._made |= {name: None for name in outputs}
-        self._made |= {name: outputs[name] for name in ("evaluation_summary", "registration") if name in outputs}
+    def before_dataset_loaded(self, node: Node) -> None:
+        self._step = node.name
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        self._step = node.name
+
+    @hook_impl
+    def after_dataset_loaded(self, dataset_name: str, data: Any) -> None:
+        # What this run has made itself it has not read.
+        if dataset_name in summary.READ and dataset_name not in self._made:
+            self._read[dataset_name] = summary.READ[dataset_name](data)
+            self._note(summary.LEFT_OUT, self._left_out, dataset_name, data)
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:
+        self._made[dataset_name] = None
+        self._note(summary.RESULTS, self._results, dataset_name, data)
+        self._note(summary.LEFT_OUT, self._left_out, dataset_name, data)
+        if dataset_name == summary.COHORT:
+            self._note(summary.READ, self._read, dataset_name, data)
+
+    @staticmethod
+    def _note(words: dict[str, Any], noted: dict[str, str], dataset_name: str, data: Any) -> None:
+        if dataset_name in words:
+            noted[dataset_name] = words[dataset_name](data)
 
     @hook_impl
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
-        for line in self._summary(run_params, catalog):
+        names, part = _names(run_params), _is_part(run_params)
+        title = f"a part of {' + '.join(names)}" if part else " + ".join(names)
+        logger.info("--- %s finished in %s", title, duration(time.monotonic() - self._start))
+        lines = [*self._results.values(), *self._account(catalog)]
+        if seen := [summary.shown(path) for path in self._paths(catalog, summary.TO_LOOK_AT)]:
+            lines.append(f"see {', '.join(seen)}")
+        options = summary.options(run_params.get("env"), run_params.get("runtime_params") or {})
+        if part:
+            lines.append(f"next: kedro run --pipelines={','.join(names)}{options} (the rest; what is done stays)")
+        elif following := summary.next_step(names[-1], options, self._is_evaluated(catalog)):
+            lines.append(f"next: {following}")
+        for line in lines:
             logger.info(line)
         self._keep_time(run_params, catalog)
+
+    @hook_impl
+    def on_pipeline_error(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        where = f"in the step {self._step}" if self._step else "before its first step"
+        failed, after = " + ".join(_names(run_params)), duration(time.monotonic() - self._start)
+        logger.error("--- %s failed after %s, %s; what was done until then is kept", failed, after, where)
+        for line in self._account(catalog):
+            logger.info(line)
+        logger.info("next: do what the error below says, and give the same command again, which goes on from there")
+
+    def _account(self, catalog: CatalogProtocol) -> list[str]:
+        """What was read, left out and written, one line each; none about nothing."""
+        left_out = []
+        for name, words in self._left_out.items():
+            reasons = [summary.shown(path) for path in self._paths(catalog, [summary.REASONS.get(name, "")])]
+            left_out += [f"{words} (reasons: {reasons[0]})" if reasons else words] if words else []
+        stores = {name: catalog.get(name) for name in self._made if hasattr(catalog.get(name), "updated")}
+        worked = [(Path(store._path), store.unit, store.updated) for store in stores.values() if store.updated]
+        others = self._paths(catalog, [name for name in self._made if name not in stores])
+        account = {"read": self._read.values(), "left out": left_out, "written": summary.written(worked, others)}
+        return [f"{title}: {', '.join(what)}" for title, words in account.items() if (what := [*filter(None, words)])]
+
+    def _paths(self, catalog: CatalogProtocol, names: Iterable[str]) -> list[Path]:
+        """Where those of the entries lie that this run has made: files, or folders of them."""
+        found = (catalog.get(name) for name in names if name in self._made)
+        paths = (getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None) for dataset in found)
+        return [Path(path) for path in paths if path]
+
+    @staticmethod
+    def _is_evaluated(catalog: CatalogProtocol) -> bool:
+        return "evaluation_summary" in catalog and catalog.exists("evaluation_summary")
 
     def _keep_time(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         """Add this run to the table of run times, where the report finds it."""
         # A part of a pipeline says nothing of how long the whole takes.
-        if RUN_TIMES not in catalog or any(run_params.get(name) for name in PARTIAL):
+        if RUN_TIMES not in catalog or _is_part(run_params):
             return
         dataset = catalog.get(RUN_TIMES)
         times = dataset.load() if dataset.exists() else {}
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"seconds": round(time.monotonic() - self._start, 1), "finished": finished}
         dataset.save(times | {" + ".join(_names(run_params)): row | self._commit})
-
-    def _summary(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> list[str]:
-        names = _names(run_params)
-        minutes, seconds = divmod(round(time.monotonic() - self._start), 60)
-        lines = [f"--- {' + '.join(names)} finished in {minutes} min {seconds} s"]
-        if evaluation := self._made.get("evaluation_summary"):
-            lines.append(
-                f"mean foreground Dice {evaluation['mean_foreground_dice']:.4f} on {evaluation['test_patients']} test "
-                "patients ("
-                + ", ".join(
-                    f"{key.removeprefix('dice_')} {value:.4f}"
-                    for key, value in evaluation.items()
-                    if key.startswith("dice_") and key != "dice_background"
-                )
-                + ")"
-            )
-        if registration := self._made.get("registration"):
-            holds = "holds" if registration["promoted"] else "does not hold"
-            lines.append(
-                f"registered as {registration['name']} version {registration['version']}, which {holds} the alias "
-                f"{registration['alias']}: {registration['reason']}"
-            )
-        for name in _TO_LOOK_AT:
-            if name in self._made:
-                lines.append(f"see {getattr(catalog.get(name), '_filepath', name)}")
-        environment = f" --env={run_params['env']}" if run_params.get("env") else ""
-        if "registration" in self._made:
-            lines.append(
-                "next: kedro mlflow ui (runs, models), kedro viz run (the pipeline), kedro run --pipeline=report"
-                f"{environment} (all figures on one page)"
-            )
-        elif names[-1] in _NEXT:
-            lines.append(f"next: {_NEXT[names[-1]]}{environment} (with the same --params)")
-        return lines

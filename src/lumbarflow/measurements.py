@@ -1,7 +1,7 @@
 """Measurements per level, in mm, of a label map with SPIDER's instances: heights, depths, canal, lordosis.
 
 They are those of `phantom.anatomy`, taken from voxels: chords on the mid-sagittal surface, which is the canal's plane
-of symmetry at each level. Definitions with their sources, accuracy and limits: docs/measurements.md.
+of symmetry at each level. Definitions with their sources, accuracy and limits: docs/reference/measurements.md.
 
 A wall is not where a voxel happens to end. A smooth curve is fitted to all the places where neighbouring voxels differ,
 over a stretch of wall and the slices around the middle, so that the steps of the grid average out: a chord is then

@@ -5,7 +5,6 @@ The predict pipeline and the served model both come here, so that a mask is the 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from lumbarflow.store import RECORD, SeriesStore, Work
 if TYPE_CHECKING:
     import pandas as pd
 
-logger = logging.getLogger(__name__)
 
 # What the label map's voxels say: the class, or SPIDER's number of the single vertebra or disc.
 LABELS = ("classes", "instances")
@@ -212,7 +210,7 @@ class PredictionFolder(SeriesStore):
         except Exception as error:
             foreseen = isinstance(error, VolumeError)
             problem = error if foreseen else _unforeseen(series, "its outputs cannot be written", error)
-            record |= _failure(record["row"], problem)
+            record |= _without_mask(record["row"], problem)
         write_json(self.path(series, RECORD), {"key": work.key, **record})
 
 
@@ -279,7 +277,7 @@ def predict_scan(
         done = segment_volume(segmenter, image.volume, settings["disagreement"])
         files, record = _outputs(source, image, done, model, settings)
     except Exception as error:
-        return {RECORD: _failure(row, problem_of(source.path, error))}
+        return {RECORD: _without_mask(row, problem_of(source.path, error))}
     row |= {"seconds": round(time.monotonic() - start, 2)} | record.pop("row")
     return {RECORD: {"row": row, **record}, **files}
 
@@ -444,13 +442,8 @@ def _unforeseen(path: str | Path, what: str, error: Exception) -> VolumeError:
     )
 
 
-def _failure(row: Mapping[str, Any], problem: VolumeError) -> dict[str, Any]:
-    """The record of a scan that has no masks now. Without its key it is tried again next time: the cause may pass."""
-    logger.warning("%s", scans.printable(str(problem)))
-    return _without_mask(row, problem)
-
-
 def _without_mask(row: Mapping[str, Any], problem: VolumeError) -> dict[str, Any]:
+    """The record of a scan that has no masks now. Without its key it is tried again next time: the cause may pass."""
     parts = (Path(problem.path).name, problem.found, problem.expected, problem.remedy)
     what = dict(zip(PROBLEM, map(scans.printable, parts), strict=True))
     kept = {name: row[name] for name in ("scan", "model")}

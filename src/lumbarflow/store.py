@@ -43,11 +43,13 @@ class Work:
 
 @dataclass
 class Update:
-    """What an update did: names of the series made anew, taken from the last run, and removed as no longer named."""
+    """What an update did: names of the series made anew, taken from the last run, removed as no longer named, and of
+    those that failed: their records forbid their own reuse."""
 
     made: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
 
 class SeriesStore:
@@ -83,13 +85,20 @@ class SeriesStore:
         """A memory-mapped, read-only array."""
         return np.load(self.path(series, name), mmap_mode="r")
 
-    def update(self, work: Mapping[str, Work], description: str = "series", keep_others: bool = False) -> Update:
+    def update(
+        self,
+        work: Mapping[str, Work],
+        description: str = "series",
+        keep_others: bool = False,
+        unit: str = "series",
+    ) -> Update:
         """Make what is missing or outdated, keep what is current, remove series that `work` doesn't name.
 
         Args:
             work: series -> Work.
-            description: what the progress bar and the log call these series.
+            description: what progress and log call the work.
             keep_others: don't remove: several pipelines keep their results in this folder.
+            unit: what progress calls the series, if they are something else.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(".partial-*"):  # an interrupted run's
@@ -101,12 +110,13 @@ class SeriesStore:
                 update.removed.append(series)
         outdated = {series: item for series, item in work.items() if self._key(series) != item.key}
         update.reused = [series for series in work if series not in outdated]
-        for series, item in track(outdated.items(), description):
+        for series, item in track(outdated.items(), description, unit, done=len(update.reused)):
             self._write(series, item)
-            update.made.append(series)
+            (update.made if self._key(series) == item.key else update.failed).append(series)
         logger.info(
-            "%s: %d made, %d unchanged and taken from the last run, %d removed",
+            "%s: %d made, %d unchanged and taken from the last run, %d removed%s",
             description, len(update.made), len(update.reused), len(update.removed),
+            f", {len(update.failed)} failed" if update.failed else "",
         )  # fmt: skip
         return update
 

@@ -142,16 +142,16 @@ def fit(
         workers=workers,
     )
     logger.info(
-        "training %s (%s parameters) on %d slices, validation on %d, size %s; %s, %s, %d cores, GPUs %s, %s%s",
+        "training %s (%s parameters) on %d slices, validation on %d, of %d x %d pixels; %s, %s, %d cores, %s, %s%s",
         model.name,
         f"{model.count_params():,}",
         len(train.slices),
         len(validation.slices),
-        list(model_input.size),
+        *model_input.size,
         hardware["backend"],
         hardware["processor"],
         hardware["cores"],
-        hardware["gpus"] or "none",
+        f"GPUs {hardware['gpus']}" if hardware["gpus"] else "no GPU",
         hardware["precision"],
         f", over {len(devices.names)} devices" if len(devices.names) > 1 else "",
     )
@@ -182,7 +182,8 @@ def fit(
                 jit_compile=jit_compile,
             )
             model.optimizer.build(model.trainable_variables)
-        with devices.running(), _named_memory_errors(training.batch_size, model_input.size):
+        # (Closing ends the progress of an epoch that an error cuts short.)
+        with devices.running(), _named_memory_errors(training.batch_size, model_input.size), contextlib.closing(epochs):
             epochs.start(model)
             model.fit(
                 train,

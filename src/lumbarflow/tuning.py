@@ -31,6 +31,7 @@ from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.files import value_digest
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
+from lumbarflow.progress import track
 from lumbarflow.training_settings import SECTIONS, WITHOUT_EFFECT, TrainingSettings
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def search(
         _take_up(study, space, watch)
         trials = _counted(study, settings)
         logger.info("study %s in %s: %d of %d trials done", name, folder / STUDIES, len(trials), settings.trials)
-        while len(trials) < settings.trials:
+        for _ in track(range(len(trials), settings.trials), "tune", "trials", done=len(trials)):
             minutes = (time.monotonic() - started) / 60
             if settings.max_minutes is not None and minutes > settings.max_minutes:
                 logger.info(

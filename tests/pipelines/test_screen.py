@@ -64,7 +64,8 @@ def test_a_screen_scores_validation_patients_goes_on_and_names_what_was_not_run(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         kedro_run("screen", **settings, screen=screen(rows, max_minutes=None))
-    assert "train: 1 made, 2 unchanged" in caplog.text
+    assert "train: 0 made, 2 unchanged and taken from the last run, 0 removed, 1 failed" in caplog.text
+    assert f"{len(table) - 3} of {len(table)} rows of the screen (reasons: " in caplog.text
     assert not any((project / "data/06_models/training").iterdir()), "checkpoints go when the store has the net"
 
 

@@ -90,6 +90,9 @@ def test_training_curves_mark_the_first_of_the_best_epochs(history):
     assert star.get_label() == "best: epoch 2, 0.600"
     assert rate.lines[0].get_ydata().tolist() == [1e-3, 7e-4, 3e-4, 0.0]
     assert all(axis.get_xlabel() == "epoch" for axis in (losses, score, rate))
+    # A class's colour is that class, in every figure.
+    used = {to_rgb(line.get_color()) for axis in (losses, score, rate) for line in axis.lines}
+    assert not used & {to_rgb(PALETTE[name]) for name in CLASSES[1:]}
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from lumbarflow.imaging import SAGITTAL_AXES, LabelMap, Volume, read_volume
 from lumbarflow.labels import MISSED, PALETTE
 
 HOSTILE = "</script><b>\"'&amp; {{image}}"
-# Columns of the direction: index x (columns, to posterior), y (rows, to inferior), z (slices, to the right).
-SAGITTAL = SAGITTAL_AXES[::-1].T
+# Columns of the direction: index x (columns, to posterior), y (rows, to inferior), z (slices, to the right); turned
+# about the patient's long axis.
+SAGITTAL = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]) @ SAGITTAL_AXES[::-1].T
 
 
 def unpacked(embedded: str, path) -> Volume:
@@ -52,7 +53,7 @@ FIGURES = pd.DataFrame(
     {
         "series": "7_t2", "patient": "7", "class": ["background", "vertebrae", "canal", "IVD"],
         "dice": [0.99, 0.9123, 0.8, np.nan], "asd_mm": [np.nan, 1.25, 2.5, np.inf],
-        "reference_components": [np.nan, 2.0, np.nan, 1.0], "missing": ["", "", "", "prediction"],
+        "reference_components": [np.nan, 2.0, np.nan, 1.0], "missing": ["", "", "", "prediction"], "whole": True,
     }
 )  # fmt: skip
 
@@ -124,6 +125,8 @@ def test_the_page_holds_tables_notice_licence_and_the_palette(library):
     assert re.findall(">([^<]*)</td>", cells) == ["0.912", "0.800", "–"]
     components = re.findall(r'<tr><th scope="row">reference components</th>(.*?)</tr>', page)[0]
     assert re.findall(">([^<]*)</td>", components) == ["2", "–", "1"]
+    missing = re.findall(r'<tr><th scope="row">missing</th>(.*?)</tr>', page)[0]
+    assert re.findall(">([^<]*)</td>", missing) == ["none", "none", "prediction"]
     assert '<td class="number">∞</td>' in page
     assert texts(page, "figcaption")[1:] == [
         "Vertebrae, in mm, from the lowest up",
@@ -173,6 +176,12 @@ def test_the_browser_is_told_to_load_nothing(library):
     policy = re.search('Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy.startswith("default-src 'none'; script-src 'unsafe-inline' blob:;")
     assert not re.search(r"\b(src|href|action)\s*=", page)
+
+
+def test_a_case_of_a_split_by_slice_says_that_the_net_may_know_some_of_its_slices(library):
+    said = "Not all slices shown were tested"
+    assert said not in viewer.case_page("7_t2", *case(), FIGURES, "w1")
+    assert said in viewer.case_page("7_t2", *case(), FIGURES.assign(whole=False), "w1")
 
 
 def test_grids_of_different_sizes_have_no_page(library):
@@ -268,10 +277,11 @@ def test_a_person_scrolls_and_toggles(page, artefacts, tmp_path):
     assert page.inner_text("#message") == ""
     assert page.inner_text("#number") == "slice 3 of 5"
     # NiiVue counts from the left, from behind and from below, and starts at voxel (2, 22, 32) of 5 x 44 x 64: that is
-    # slice 2, column 43 - 22 = 21, row 63 - 32 = 31, at LPS (9 - 2 * 4, -30 + 21 * 1.5, 40 - 31 * 1.25). There, the
-    # image is 2 * 100 + 90 + 21, the reference the lower vertebra, and the prediction, four rows lower, still the disc.
+    # slice 2, column 43 - 22 = 21, row 63 - 32 = 31: 2 * 4 mm along (-0.8, -0.6, 0), 21 * 1.5 mm along (-0.6, 0.8, 0)
+    # and 31 * 1.25 mm down from (9, -30, 40), which is (-16.3, -9.6, 1.25) in LPS. There, the image is
+    # 2 * 100 + 90 + 21, the reference the lower vertebra, and the prediction, four rows lower, still the disc.
     assert re.fullmatch(
-        r"1\.0 mm left, 1\.5 mm posterior, 1\.[23] mm superior · intensity 311 · reference vertebrae · prediction IVD",
+        r"16\.3 mm right, 9\.6 mm anterior, 1\.[23] mm superior · intensity 311 · reference vertebrae · prediction IVD",
         page.inner_text("#place"),
     )
 
@@ -299,7 +309,13 @@ def test_a_person_scrolls_and_toggles(page, artefacts, tmp_path):
     assert page.inner_text("#number") == "slice 1 of 5"
     page.keyboard.press("PageDown")
     assert page.inner_text("#number") == "slice 5 of 5"
-    assert "9.0 mm left" not in page.inner_text("#place") and "7.0 mm right" in page.inner_text("#place")
+    # Two slices of 4 mm on: (-6.4, -4.8, 0) mm.
+    assert page.inner_text("#place").startswith("22.7 mm right, 14.4 mm anterior, ")
+    assert "intensity 511" in page.inner_text("#place")
+    # So does the wheel.
+    page.locator("#canvas").hover()
+    page.mouse.wheel(0, -100)
+    page.wait_for_function("document.getElementById('number').textContent === 'slice 4 of 5'")
 
     # Differences, in the colour of what was predicted, or green; a class can be left out of them.
     page.keyboard.press("Home")
@@ -333,7 +349,8 @@ def test_a_person_scrolls_and_toggles(page, artefacts, tmp_path):
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
     picture("keys")
-    page.keyboard.press("Escape")
+    page.get_by_role("button", name="close").click()
+    assert not page.locator("#keys").is_visible()
 
     assert page.locator("tr", has_text="Dice").locator("td").all_inner_texts() == ["0.912", "0.800", "–"]
     page.screenshot(path=artefacts / "viewer_whole_page.png", full_page=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lumbarflow.measurements import Measurement
 
 MARKERS = {"vertebrae": "o", "canal": "^", "IVD": "s"}
+# Greys, since the palette's colours are the classes'.
+SIDE_GREYS = {"train": "0.85", "validation": "0.5", "test": "0.0"}
 FIGURE_LABELS = {
     "dice": "Dice",
     "asd_mm": "average surface distance (mm)",
@@ -116,7 +118,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     losses, score, rate = figure.subplots(1, 3, sharex=True)
     epochs = history["epoch"]
     training = {"color": PALETTE["background"], "marker": ".", "linestyle": "-"}
-    validation = {"color": PALETTE["canal"], "marker": "x", "linestyle": "--"}
+    validation = {"color": SIDE_GREYS["validation"], "marker": "x", "linestyle": "--"}
     losses.plot(epochs, history["loss"], label="training", **training)
     losses.plot(epochs, history["val_loss"], label="validation", **validation)
     losses.set_ylabel("loss")
@@ -125,7 +127,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     # As training chooses it: the first epoch of the highest value.
     best = history.loc[history["val_mean_iou"].idxmax()]
     score.plot(
-        [best["epoch"]], [best["val_mean_iou"]], color=PALETTE["vertebrae"], marker="*", markersize=14, linestyle="",
+        [best["epoch"]], [best["val_mean_iou"]], color="white", marker="*", markersize=14, linestyle="",
         markeredgecolor=PALETTE["background"], label=f"best: epoch {int(best['epoch'])}, {best['val_mean_iou']:.3f}",
     )  # fmt: skip
     rate.plot(epochs, history["learning_rate"], **training)
@@ -360,10 +362,6 @@ def slices_figure(
     handles = [Patch(color=PALETTE[CLASSES[index]], label=CLASSES[index]) for index in FOREGROUND]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
-
-
-# Greys, since the palette's colours are the classes'.
-SIDE_GREYS = {"train": "0.85", "validation": "0.5", "test": "0.0"}
 
 
 def split_figure(splits: Mapping[str, pd.DataFrame]) -> Figure:

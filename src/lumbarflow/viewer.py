@@ -31,6 +31,10 @@ from lumbarflow.labels import CLASS_COUNT, CLASSES, FOREGROUND, MISSED, PALETTE
 from lumbarflow.measurements import measure, measurement_table
 from lumbarflow.report import MISSING, MISSING_NOTE, NOT_A_DEVICE, cell_text, heading
 
+# Of a split by slice.
+_TESTED_IN_PART = (
+    "Not all slices shown were tested: the figures are of those that were, and the net may have learnt from the others."
+)
 # What the page calls of NiiVue.
 _NEEDED = ("Niivue", "NVImage", "SLICE_TYPE")
 # A string as encodeURIComponent makes it; the library is over two million characters, nothing else comes near it.
@@ -203,6 +207,7 @@ def case_page(
         "name": escape(name),
         "model": escape(model),
         "notice": escape(NOT_A_DEVICE),
+        "tested": "" if figures["whole"].all() else f"<p>{_TESTED_IN_PART}</p>",
         "palette": "".join(f"--{CLASSES[index]}: {PALETTE[CLASSES[index]]}; " for index in FOREGROUND)
         + f"--missed: {MISSED};",
         "layers": "".join(_switches(*layer) for layer in _LAYERS),
@@ -277,7 +282,7 @@ def _figures_html(figures: pd.DataFrame) -> str:
 def _cell(figure: str, value: Any) -> str:
     # Counts turn into floats beside an undefined one; they still are no fractions.
     counts = figure.endswith(("_components", "_specks")) and pd.notna(value)
-    return cell_text(value, ",.0f") if counts else cell_text(value) or MISSING
+    return cell_text(value, ",.0f") if counts else cell_text(value) or "none"
 
 
 def _levels_html(levels: pd.DataFrame) -> str:

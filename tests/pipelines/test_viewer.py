@@ -57,7 +57,7 @@ def evaluated(project):
     write_json(folder / "06_models/training_record.json", {"weights": "w1", "content_hash": "c"})
     write_json(folder / "08_reporting/evaluation_summary.json", {"weights": "w1", "content_hash": "c"})
     rows = [
-        {"series": name, "patient": name[0], "class": of, "dice": 0.9 - 0.1 * missed}
+        {"series": name, "patient": name[0], "class": of, "dice": 0.9 - 0.1 * missed, "whole": True}
         for missed, name in enumerate(NAMES)
         for of in ("background", "vertebrae", "canal", "IVD")
     ]
@@ -82,7 +82,11 @@ def test_one_case_or_all_of_them(kedro_run, evaluated):
     # Earlier pages stay, and are linked while they are of the model at hand.
     pages = kedro_run("viewer", case="all").load("viewer_pages")
     assert sorted(pages) == [f"{name}.html" for name in NAMES]
-    older = {"2_t1.html": lambda: pages["3_t1.html"]().replace('content="w1"', 'content="w0"'), "x.txt": lambda: ""}
+
+    def not_read():
+        raise UnicodeDecodeError("utf-8", b"\x89", 0, 1, "a picture")
+
+    older = {"2_t1.html": lambda: pages["3_t1.html"]().replace('content="w1"', 'content="w0"'), "5_t2.png": not_read}
     assert _pages(pages | older, "w1") == list(NAMES)
 
 

@@ -115,7 +115,9 @@ def write_report(
 
 def _pages(pages: dict[str, Callable[[], str]], weights: str) -> list[str]:
     """The cases whose page shows the prediction of these weights; older pages lie beside them."""
-    return [file.removesuffix(".html") for file, load in sorted(pages.items()) if model_of(load()) == weights]
+    # Other files may lie there too, such as somebody's screenshots.
+    loads = {file.removesuffix(".html"): load for file, load in sorted(pages.items()) if file.endswith(".html")}
+    return [name for name, load in loads.items() if model_of(load()) == weights]
 
 
 def _commit(summary: dict[str, Any]) -> dict[str, Any]:

@@ -137,18 +137,19 @@ def train(folder: Path, settings: dict, arguments) -> tuple[int, float]:
 
 
 def predict(folder: Path, settings: dict, arguments) -> tuple[int, float]:
-    """From the raw intensities of a series to its labels on the native grid; the net is not trained."""
+    """From the raw intensities of a series to its labels on the native grid; the net is not trained.
+
+    The peak of memory is that of the conversion to ONNX, which an evaluation needs too, and a pulled model does not.
+    """
     from lumbarflow import models
-    from lumbarflow.backend import resolve_precision
     from lumbarflow.imaging import read_volume
     from lumbarflow.inference import Segmenter
+    from lumbarflow.networks import for_inference
 
     options = settings["preprocess"] | {"size": [arguments.size] * 2} | settings["evaluation"]
     net = dict(settings["model"])
-    model = models.build(
-        net.pop("name"), options["size"], 1, 4, precision=resolve_precision(settings["training"]["precision"]), **net
-    )
-    segmenter = Segmenter(model, options)
+    model = models.build(net.pop("name"), options["size"], 1, 4, **net)
+    segmenter = Segmenter(for_inference(model), options)
     volumes = [read_volume(path) for path in sorted((folder / "images").iterdir())]
     segmenter.segment(volumes[0])
     start = time.perf_counter()

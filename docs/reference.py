@@ -29,7 +29,7 @@ LAYERS = ("raw", "intermediate", "primary", "model_input", "models", "model_outp
 # What the end of a parameter's name says of its unit.
 UNITS = {
     "_mm": "mm", "_mm3": "mm³", "_ml": "ml", "_deg": "degrees", "_degrees": "degrees", "_minutes": "minutes",
-    "_pixels": "pixels", "_fraction": "share", "_share": "share", "epochs": "epochs",
+    "_tolerance_pixels": "pixels", "_fraction": "share", "_share": "share", "epochs": "epochs",
 }  # fmt: skip
 
 # What the columns of the tables hold: meaning, unit, range. `tables_of_figures` fails if one is missing or too many.
@@ -133,7 +133,8 @@ def _comments(lines: list[str], line: int, value: yaml.Node) -> str:
     while first and lines[first - 1].lstrip().startswith("#"):
         first -= 1
     parts = [text.lstrip().lstrip("#").strip() for text in lines[first:line]]
-    inline = isinstance(value, yaml.ScalarNode) or value.flow_style
+    # A text of several lines ends where the next key, or its comment, begins.
+    inline = value.style not in (">", "|") if isinstance(value, yaml.ScalarNode) else value.flow_style
     last = value.end_mark.line
     behind = (lines[last][value.end_mark.column :] if last < len(lines) else "") if inline else lines[line]
     if found := re.search(r"\s#\s(.*)", " " + behind):
@@ -190,7 +191,8 @@ def parameters() -> str:
             meaning = entry.meaning
             if short:
                 value = short[2]
-                meaning += f" Short on the command line: `{short[1]}=`." if short[1] != entry.name else ""
+                if short[1] != entry.name:
+                    meaning = f"{meaning.rstrip('.')}. Short on the command line: `{short[1]}=`."
             name = f"**`{entry.name}`**" if entry.is_section else code(entry.name)
             rows.append([name, code(value), unit(entry.name), plain(meaning)])
         parts.append(f"## `{path.name}`\n\n" + table(["parameter", "default", "unit", "meaning"], rows))

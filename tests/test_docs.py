@@ -43,6 +43,24 @@ _MARKS = re.compile(
     r"|run by \.ci/run|test command|not run in CI: \S.*"
 )
 COMMANDS = ("bash", "sh", "python")
+TEXTS = ("", "nginx", "text", "yaml")  # languages of blocks that nobody is to run
+_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$\n?", re.DOTALL | re.MULTILINE)
+_PROGRAM = re.compile(
+    r"(?:[$>%] |sudo |env |[A-Z_]+=\S* )*(?:\S*/)?(?:kedro|python3?|pip|mlflow|zensical|pytest|jupyter|curl|git) "
+)
+# Commands in sentences that are neither a part of some block's nor a `kedro run`.
+NOT_RUN = {
+    "kedro ipython": "waits for somebody who types",
+    "kedro jupyter lab": "JupyterLab is no part of the project",
+    "zensical serve": "builds what `zensical build` builds, until it is stopped",
+    "python3 -m http.server --bind 127.0.0.1 --directory site": "the tests serve that folder themselves",
+    "pip install 'lumbarflow[dicom]'": "a part of the test command's installation",
+    "pip install -c constraints.txt -e '.[dicom]'": "a part of the test command's installation",
+    "pip install -c constraints.txt -e '.[jax]'": "a part of the test command's installation",
+    "pip install -c constraints.txt -e '.[gpu]'": "needs a GPU",
+    "python benchmarks/apta.py": "a benchmark wants an idle machine",
+    "python benchmarks/training.py": "a benchmark wants an idle machine",
+}
 
 # So that the whole takes minutes on two cores: what the pages say stays as it is, the configuration of their copy not.
 SMALL: dict[str, Any] = {
@@ -164,7 +182,7 @@ def test_comments_of_a_yaml_file_become_meanings(reference, tmp_path):
     file = tmp_path / "a.yml"
     file.write_text(
         "# Of the whole.\nnet:\n  # Read, then\n  # known.\n  size_mm: [1, 2]  # rows, columns\n"
-        "  box: {a: 1}\n  rows:\n    - 1\n    - 2\n\n# Elsewhere.\n\nlast: >-\n  two\n  words\n"
+        "  box: {a: 1}\n  rows:\n    - 1\n    - 2\n\n# Elsewhere.\n\nlast: >-\n  two\n  words\n# The end.\nend: 1\n"
     )
     entries = [(entry.name, entry.value, entry.meaning) for entry in reference.entries(file)]
     assert entries == [
@@ -173,7 +191,21 @@ def test_comments_of_a_yaml_file_become_meanings(reference, tmp_path):
         ("net.box", "{a: 1}", ""),
         ("net.rows", "2 rows", ""),
         ("last", "two words", ""),
+        ("end", "1", "The end."),
     ]
+
+
+def test_every_parameter_has_a_meaning_of_its_own_or_that_of_its_section(reference):
+    said = {e.name: e.meaning for path in (ROOT / "conf/base").glob("parameters*.yml") for e in reference.entries(path)}
+    sections = {name for name in said if any(other.startswith(f"{name}.") for other in said)}
+    for name in set(said) - sections:
+        parts = name.split(".")
+        assert any(said[".".join(parts[:n])] for n in (*range(2, len(parts)), len(parts))), f"{name} has no comment"
+
+
+def test_a_unit_is_told_by_the_end_of_a_name(reference):
+    names = ("tolerance_mm", "minimum_component_mm3", "nsd_tolerance_pixels", "rows.missed_pixels", "epochs", "size")
+    assert [reference.unit(name) for name in names] == ["mm", "mm³", "pixels", "", "epochs", ""]
 
 
 def test_a_column_that_nobody_describes_is_an_error(reference, monkeypatch):
@@ -190,17 +222,69 @@ def test_every_block_says_how_it_is_tested():
     assert not unmarked, "expected a comment above the block, see docs/how-to/docs.md"
 
 
+def _strays(text: str) -> list[str]:
+    """Lines of a page that may be commands and that no mark speaks for."""
+    found = []
+    for fence in _FENCE.finditer(text):
+        if fence["language"] in TEXTS:
+            found += [line for line in fence["text"].splitlines() if _PROGRAM.match(line.strip())]
+        elif fence["language"] not in COMMANDS:
+            found.append(f"```{fence['language']}")
+    rest = re.sub(r"<!--.*?-->", "", _FENCE.sub("", text), flags=re.DOTALL)
+    # What Markdown takes for code besides: other fences, lines that are indented after an empty one, and HTML.
+    found += re.findall(r"^[ >]*(?:```|~~~|<pre|<code).*", rest, flags=re.MULTILINE)
+    return found + re.findall(r"(?:\A|\n[ \t]*\n)((?: {4}|\t).*)", rest)
+
+
+def test_no_command_escapes_the_marks():
+    for path in texts():
+        assert _strays(path.read_text()) == [], f"{path.name}: expected blocks of {COMMANDS} that begin with ```"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~~~bash\nkedro viz run\n~~~\n",
+        "```console\n$ kedro viz run\n```\n",
+        "```\n.venv/bin/kedro viz run\n```\n",
+        "```text\n$ PATH=a mlflow ui\n```\n",
+        "- a point\n\n  ```bash\n  kedro viz run\n  ```\n",
+        "Words:\n\n    kedro viz run\n",
+        "<pre>kedro viz run</pre>\n",
+        "```bash title='a'\nkedro viz run\n```\n",
+    ],
+)
+def test_commands_cannot_be_hidden(text):
+    assert _strays(text) != []
+    assert _strays("Words\n\n```text\nDIR/a.mha  a volume\n```\n\n- a point\n    goes on\n") == []
+
+
+def _reached(tree: ast.Module, name: str) -> Iterator[ast.AST]:
+    """The code of a test and of all in its file that it names: fixtures, helpers, constants."""
+    named: dict[str, ast.AST] = {}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        named |= {getattr(target, "id", getattr(target, "name", "")): node for target in targets}
+    assert name in named, f"{name}: no such test"
+    seen, waiting = set(), [name]
+    while waiting:
+        if (current := waiting.pop()) in named and current not in seen:
+            seen.add(current)
+            for node in ast.walk(named[current]):
+                waiting.append(getattr(node, "id", getattr(node, "arg", None)))
+                yield node
+
+
 def _given_by(test: str) -> set[str]:
-    """Commands that a test gives: texts of its file, and pipelines that it or its fixtures run. Environments and
-    parameters are the test's own."""
+    """Commands that a test gives: its texts, and pipelines that it or its fixtures run. Environments and parameters are
+    the test's own."""
     file, name = test.split("::")
     if name == test_the_commands_of_the_documentation.__name__:
         return {command for block in blocks() if block.is_run_here for command in block.commands}
-    tree = ast.parse((ROOT / file).read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert functions, f"{test}: no such test"
-    given = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    for node in ast.walk(tree):
+    nodes = list(_reached(ast.parse((ROOT / file).read_text()), name))
+    given = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not {"skip", "skipif", "xfail"} & {getattr(node, "attr", "") for node in nodes}, f"{test} is not always run"
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             if node.func.id == "kedro" and words:
@@ -229,11 +313,47 @@ def test_what_ci_runs_is_an_installation():
             assert all(command.startswith(part) for part in block.commands), block.place
 
 
+def test_a_test_that_gives_a_command_gives_it_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "test_x.py").write_text(
+        "RUN = 'kedro viz run'\ndef ready(kedro_run):\n    kedro_run('fit')\n"
+        "def test_a(ready):\n    assert RUN\ndef test_b(kedro_run):\n    kedro_run('tune')\n"
+        "@pytest.mark.skip\ndef test_c():\n    pass\n"
+    )
+    assert _given_by("test_x.py::test_a") == {"kedro viz run", "fit", ".venv/bin/kedro run --pipeline=fit"}
+    assert _given_by("test_x.py::test_b") == {"tune", ".venv/bin/kedro run --pipeline=tune"}
+    with pytest.raises(AssertionError, match="not always run"):
+        _given_by("test_x.py::test_c")
+    with pytest.raises(AssertionError, match="no such test"):
+        _given_by("test_x.py::test_d")
+
+
 def _inline(text: str) -> list[str]:
-    """Commands of Kedro in sentences and tables."""
-    without = _BLOCK.sub("", text)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without)]
-    return [span for span in spans if re.match(r"(\.venv/bin/)?kedro run\b", span)]
+    """Commands in sentences and tables, without the folder of the program."""
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _FENCE.sub("", text))]
+    return [span.removeprefix(".venv/bin/") for span in spans if _PROGRAM.match(span)]
+
+
+def test_commands_in_sentences_are_those_of_blocks_or_say_why_not():
+    in_blocks = [command.removeprefix(".venv/bin/") for block in blocks() for command in block.commands]
+    found = {command for path in texts() for command in _inline(path.read_text())}
+    others = {
+        command
+        for command in found
+        if not command.startswith("kedro run ") and not any(command in whole for whole in in_blocks)
+    }
+    assert others <= set(NOT_RUN), "expected each in a block, or in NOT_RUN with the reason"
+    assert set(NOT_RUN) - others <= {name for name in NOT_RUN if name.startswith("pip ")}, "no page says these"
+
+
+def test_every_pipeline_is_run_as_some_page_says():
+    from lumbarflow.pipeline_registry import register_pipelines
+
+    commands = " ".join(command for block in blocks() for command in block.commands)
+    given = set(re.findall(r"kedro run --pipeline=(\w+)", commands))
+    # Alone, as their sentences have them; in blocks they are parts of `train`.
+    given |= set(re.findall(r'kedro_run\("(evaluate|register)"', (ROOT / "tests/pipelines/test_train.py").read_text()))
+    assert given == set(register_pipelines()) - {"__default__"}
 
 
 def test_commands_in_sentences_name_what_there_is():
@@ -242,6 +362,8 @@ def test_commands_in_sentences_name_what_there_is():
     pipelines, seen = set(register_pipelines()), 0
     for path in texts():
         for command in _inline(path.read_text()):
+            if not command.startswith("kedro run "):
+                continue
             for option in shlex.split(command)[2:]:
                 name, _, value = option.partition("=")
                 assert name in ("--pipeline", "--pipelines", "--env", "--params"), f"{path.name}: {command}"
@@ -431,7 +553,7 @@ class Reader:
         return command.replace("DIR", str(self.folders["scans"]))
 
     def shell(self, command: str, place: str) -> None:
-        if command.startswith(".venv/bin/kedro run"):
+        if command.startswith(".venv/bin/kedro "):
             self.run_kedro(shlex.split(command)[1:])
             return
         done = subprocess.run(
@@ -472,7 +594,9 @@ class Reader:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "PYTHONPATH")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "PYTHONPATH")}
+    # MLflow starts four otherwise, and each of them imports all of it.
+    return kept | {"MLFLOW_WORKERS": "1"}
 
 
 @pytest.mark.integration

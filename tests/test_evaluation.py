@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lumbarflow import evaluation, inference, metrics, uncertainty
+from lumbarflow import evaluation, inference, metrics, onnx_network, uncertainty
 from lumbarflow.cohort import Scan, ingest_scan
 from lumbarflow.evaluation import Case, evaluate_cases, predicted_cases, prediction_work, read_case
 from lumbarflow.imaging import LabelMap
@@ -205,11 +205,20 @@ def test_predictions_without_probabilities_have_neither_entropy_nor_reliability(
     assert evaluated.by_case["entropy"].isna().all() and not evaluated.reliability.any()
 
 
-@pytest.mark.parametrize("module", [inference, metrics, uncertainty])
+@pytest.mark.parametrize("module", [inference, metrics, onnx_network, uncertainty])
 def test_what_other_code_has_stored_is_made_again(series, tmp_path, monkeypatch, module):
     _, _, update, *_ = predict(series, tmp_path)
     update()
     monkeypatch.setattr(module, "__file__", evaluation.__file__)
+    assert update().made == ["1_t1", "2_t1"]
+
+
+def test_what_another_conversion_of_nets_has_stored_is_made_again(series, tmp_path, monkeypatch):
+    _, _, update, *_ = predict(series, tmp_path)
+    update()
+    # The module is found beside this one: loaded, it would bring Keras.
+    (tmp_path / "networks.py").write_text("to_onnx = None")
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "evaluation.py"))
     assert update().made == ["1_t1", "2_t1"]
 
 

@@ -64,9 +64,12 @@ def run(tmp_path, monkeypatch, caplog):
             manager.hook.on_pipeline_error(error=error, **about)
             raise
         manager.hook.after_pipeline_run(run_result=result, **about)
+        return lines()
+
+    def lines() -> list[str]:
         return [record.getMessage() for record in caplog.records if record.name == "lumbarflow.hooks"]
 
-    run.catalog = catalog
+    run.catalog, run.lines = catalog, lines
     return run
 
 
@@ -85,7 +88,7 @@ def test_a_run_ends_with_what_was_read_left_out_and_written_and_with_what_is_nex
     given = {"names": ["1_t1", "1_t2", "2_t2"]}
     assert run(*INGEST, given=given) == [
         "--- ingest finished in 1 min 40 s",
-        "read: 2 series of 1 patients, 9 slices",
+        "read: 2 series of 1 patient, 9 slices",
         "left out: 1 of 3 series (reasons: data/08_reporting/ingest_report.csv)",
         "written: data (2 files), data/08_reporting (1 file), data/series (3 series)",
         "see data/08_reporting/ingest_report.csv",
@@ -99,7 +102,7 @@ def test_a_run_ends_with_what_was_read_left_out_and_written_and_with_what_is_nex
 def test_what_the_run_made_itself_it_has_not_read(run):
     ready = SimpleNamespace(manifest=MANIFEST)
     use = node(lambda model_input: "x", "model_input", "used", name="use")
-    words = "read: real slices, 2 of 1 patients to train, 0 of 0 patients to validate, 0 of 0 patients to test"
+    words = "read: real slices, 2 of 1 patient to train, 0 of 0 patients to validate, 0 of 0 patients to test"
     assert words in run(use, names=["fit"], given={"model_input": ready})
     make = node(lambda: ready, None, "model_input", name="make")
     assert not [line for line in run(make, use, names=["fit"]) if line.startswith("read")]
@@ -132,6 +135,12 @@ def test_a_part_of_a_pipeline_goes_on_with_the_rest_and_keeps_no_time(run):
     assert run.catalog.load("run_times")["ingest"]["git_commit"] == "abc"
 
 
+def test_the_default_pipeline_has_a_name(run):
+    lines = run(node(lambda: 1, None, "one", name="nothing"), names=())
+    assert lines[0] == "--- train finished in 1 min 40 s"
+    assert list(run.catalog.load("run_times")) == ["train"]
+
+
 def test_a_failed_run_names_its_step_and_what_is_kept(run, caplog):
     def fail(report):
         raise ValueError("all of them")
@@ -149,6 +158,51 @@ def test_a_failed_run_names_its_step_and_what_is_kept(run, caplog):
     with pytest.raises(Exception, match="series_index"):
         run(node(len, "series_index", "count", name="fit.count"), names=["fit"])
     assert "--- fit failed after 1 min 40 s, in the step fit.count" in caplog.text
+
+
+def test_a_stopped_run_says_so_at_the_end_of_the_process(run, monkeypatch):
+    at_exit, ended = [], []
+    monkeypatch.setattr(hooks.atexit, "register", lambda function, *given: at_exit.append((function, given)))
+    monkeypatch.setattr(hooks.atexit, "unregister", lambda function: at_exit.clear())
+    monkeypatch.setattr(hooks.tracking, "end_killed", lambda: ended.append(True))
+
+    def stop(series):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(*INGEST[:1], node(stop, "ingested_series", "count", name="ingest.count"), given={"names": ["1_t1"]})
+    ((function, given),) = at_exit
+    assert function(*given) is None and ended
+    assert run.lines() == [
+        "--- ingest stopped after 1 min 40 s, in the step ingest.count; what was done until then is kept",
+        "written: data/series (1 series)",
+        "next: give the same command again, which goes on from there",
+    ]
+    # A run that ends has nothing to say later, whichever way it ends.
+    run(*INGEST[:1])
+    assert not at_exit
+    with pytest.raises(KeyError, match="broken"):
+        run(node(lambda: {}["broken"], None, "x", name="fail"))
+    assert not at_exit
+
+
+def test_what_the_command_line_gives_in_vain_stops_the_run_before_it_begins(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/parameters_a.yml").write_text("preprocess:\n  size: [128, 128]\n")
+    (tmp_path / "base/parameters_b.yml").write_text("viewer:\n  case: ${runtime_params:case,shown}\n")
+
+    def give(**parameters):
+        loader = SimpleNamespace(conf_source=str(tmp_path), base_env="base", runtime_params=parameters)
+        hooks.RunHooks().after_context_created(SimpleNamespace(config_loader=loader))
+
+    give()
+    give(case="all", preprocess={"size": [96, 64]})
+    with pytest.raises(ValueError, match=r"preprocess.size is 96; expected a list such as \[128, 128\]"):
+        give(preprocess={"size": 96})
+    with pytest.raises(
+        ValueError, match=r"setting --params.preproces; expected some of \['case', 'preprocess', 'viewer'\]"
+    ):
+        give(preproces={"size": [96, 64]})
 
 
 def test_nothing_large_is_kept_until_the_end(run):

@@ -74,6 +74,13 @@ def test_values_that_are_not_finite_are_an_error(value):
         Normalisation.of(np.array([1.0, value, 2.0]), (0, 100))
 
 
+@pytest.mark.parametrize("percentiles", [(-1, 99), (0.5, 100.5), (99, 1), (50, 50), (math.nan, 99), (1,), (1, 50, 99)])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_percentiles_that_do_not_exist_are_named(percentiles, dtype):
+    with pytest.raises(ValueError, match=r"preprocess\.percentiles is \[.*\]; expected two numbers from 0 to 100"):
+        Normalisation.of(np.arange(100, dtype=dtype), percentiles)
+
+
 def test_constant_intensities_are_an_error():
     series = np.full(1000, 7.0)
     series[0] = 9.0  # an outlier is no contrast

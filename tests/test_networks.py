@@ -76,3 +76,36 @@ def test_a_net_that_onnx_cannot_express_stays_with_keras(caplog, capfd):
         assert networks.for_inference(atlas) is atlas
     assert "Keras computes it" in caplog.text
     assert capfd.readouterr().err == ""
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_none(monkeypatch):
+    def refuses(graph):
+        raise ValueError("the graph: not readable")
+
+    net = scrambled("modified_unet", **SMALL)
+    monkeypatch.setattr(networks, "OnnxNetwork", refuses)
+    # What is registered follows `to_onnx`, what is evaluated `for_inference`: both have to say the same.
+    with pytest.raises(ValueError, match="not readable"):
+        networks.to_onnx(net)
+    assert networks.for_inference(net) is net
+
+
+@pytest.mark.integration
+def test_a_net_of_another_backend_is_converted_on_tensorflow(monkeypatch):
+    net = scrambled("modified_unet", **SMALL)
+    expected = networks.for_inference(net)
+    # (The process that converts is another one, which this leaves alone.)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    found = networks.for_inference(net)
+    assert found.weights == expected.weights
+    np.testing.assert_array_equal(found.predict(images()), expected.predict(images()))
+
+
+def test_without_tensorflow_another_backends_net_stays_as_it_is(monkeypatch, caplog):
+    net = scrambled("modified_unet", **SMALL)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    # Stands in for the process that converts: Python, without this project's libraries.
+    monkeypatch.setattr(networks, "_CONVERT", "import tensorflow_that_is_not_there")
+    with caplog.at_level(logging.INFO, "lumbarflow"):
+        assert networks.for_inference(net) is net
+    assert "modified_unet: its conversion to ONNX on TensorFlow failed: ModuleNotFoundError: No module" in caplog.text

@@ -71,10 +71,27 @@ assert not {{"keras", "tensorflow", "jax", "kedro", "onnx"}} & set(sys.modules)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_gpu_computes_in_float32_too(file, monkeypatch):
+    import onnxruntime
+
+    asked = []
+    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    session = onnxruntime.InferenceSession
+
+    def without_gpu(graph, options, providers):
+        asked.extend(providers)
+        return session(graph, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_gpu)
+    OnnxNetwork(file)
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": 0}), ("CPUExecutionProvider", {})]
+
+
 def test_what_is_no_graph_of_ours_is_refused(file, tmp_path):
     import onnx
 
-    with pytest.raises(ValueError, match="none.onnx: no such file; expected an ONNX graph. Run: kedro run"):
+    with pytest.raises(ValueError, match="none.onnx: no such file; expected an ONNX graph. Register"):
         OnnxNetwork(tmp_path / "none.onnx")
     (tmp_path / "torn.onnx").write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"torn.onnx: not readable as an ONNX graph \(.*\); expected one of"):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lumbarflow import progress
-from lumbarflow.progress import duration, track
+from lumbarflow.progress import counted, duration, track
 
 
 @pytest.fixture
@@ -156,3 +156,12 @@ def test_an_error_ends_all_progress(open_terminal):
 )  # fmt: skip
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "things", "words"),
+    [(2, "test patients", "2 test patients"), (1, "test patients", "1 test patient"), (0, "slices", "0 slices"),
+     (1, "rows of the screen", "1 row of the screen"), (1, "series", "1 series")],
+)  # fmt: skip
+def test_one_of_a_thing_is_no_plural(number, things, words):
+    assert counted(number, things) == words

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PIPELINES = {
     "synthesize", "ingest", "preprocess", "fit", "evaluate", "register", "train", "__default__", "report", "leakage",
     "baselines", "evaluate_external", "export_nnunet", "apta_audit", "screen", "recipes", "tune", "rollback",
-    "predict", "viewer",
+    "predict", "viewer", "download",
 }  # fmt: skip
 CATALOG = {
     "series_index", "ingest_report", "slice_index", "split", "model_input", "model", "training_history", "predictions",

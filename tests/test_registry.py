@@ -702,6 +702,26 @@ def test_a_net_that_onnx_cannot_express_is_served_by_keras(store, register, tmp_
     assert "keras==" in requirements and "tensorflow==" in requirements and "onnxruntime" not in requirements
 
 
+def test_pulled_digest_tells_nets_and_what_computes_them(store, register, network, monkeypatch):
+    keras = load_keras()
+    other = keras.saving.load_model(network)
+    other.set_weights([2 * weight for weight in other.get_weights()])
+    path = network.with_name("other.keras")
+    other.save(path)
+    for net in (network, network, path):
+        register(net)
+    monkeypatch.setattr(registry, "_graph", lambda path: None)  # as versions were before there were graphs
+    register(network)
+    pulled = [registry.pull(f"models:/{register.name}/{version}") for version in "1234"]
+    first, again, others, earlier = (model.digest for model in pulled)
+    assert first == again and len({first, others, earlier}) == 3
+    # Its net is a Keras model still, and computes the same.
+    slices = contrast((3, 20, 30))
+    expected, found = (model.segmenter.probabilities(slices, tuple(SPACING)) for model in (pulled[0], pulled[3]))
+    assert isinstance(pulled[3].segmenter.model, keras.Model)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_segmenter_record(logged):
     record = json.loads((logged.folder / "artifacts/segmenter.json").read_text())
     assert record["settings"] == SETTINGS

@@ -37,7 +37,7 @@ def test_what_was_read():
         "sides": {"train": {"1_t1": [0, 1], "1_t2": [2]}, "validation": {}, "test": {"2_t2": [0, 4]}},
     }
     assert READ["model_input"](SimpleNamespace(manifest=manifest)) == (
-        "synthetic slices, 3 of 1 patients to train, 0 of 0 patients to validate, 2 of 1 patients to test"
+        "synthetic slices, 3 of 1 patient to train, 0 of 0 patients to validate, 2 of 1 patient to test"
     )
 
 
@@ -152,7 +152,7 @@ def test_what_was_written_folder_by_folder(tmp_path, monkeypatch):
     assert written(stores, files) == [
         "input",
         "masks (3 scans, 1 unchanged, 1 file)",
-        "nets (1 nets)",
+        "nets (1 net)",
         "raw (2 series, all unchanged)",
         "z (2 files)",
     ]

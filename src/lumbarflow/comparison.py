@@ -238,9 +238,9 @@ def baselines_table(
         plan, trained: the runs and their nets.
         by_class, intervals: tables of `evaluation.Evaluation`, with a column `run`.
     Returns:
-        run, model (its title), parameters, epochs, best_epoch, minutes (of training), precision (of its arithmetic),
-        class, dice with dice_low and dice_high (pooled over voxels; interval over patients), every surface figure as
-        its mean over cases, and COUNTS: of how many cases.
+        run, model (its title), parameters, epochs, best_epoch, minutes and precision (of training), class, dice with
+        dice_low and dice_high (pooled over voxels; interval over patients), every surface figure as its mean
+        over cases, and COUNTS: of how many cases.
     """
     surfaces = [name for name in by_class if name == "asd_mm" or name.startswith(("hd95", "nsd"))]
     rows = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from lumbarflow import (
     statistics,
     uncertainty,
 )
-from lumbarflow.files import source_digest, value_digest
+from lumbarflow.files import code_digest, value_digest
 from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.inference import Segmenter
 from lumbarflow.labels import FOREGROUND
@@ -159,9 +160,11 @@ def prediction_work(
 
 def _prediction_code() -> str:
     """Digest of the modules that predictions, and what is stored beside them, depend on."""
-    return source_digest(
-        inference, onnx_network, model_input, augmentation, resampling, intensity, imaging, metrics, uncertainty
-    )
+    modules = (
+        inference, onnx_network, model_input, augmentation, resampling, intensity, imaging, metrics, uncertainty,
+    )  # fmt: skip
+    # `networks` makes the graph, and would import Keras.
+    return code_digest([*(module.__file__ for module in modules), Path(__file__).with_name("networks.py")])
 
 
 def predicted_cases(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline.node import Node
 
 from lumbarflow import summary, tracking
+from lumbarflow.parameters import check_lists, check_names
 from lumbarflow.progress import duration
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ PARTIAL = ("tags", "from_nodes", "to_nodes", "node_names", "from_inputs", "to_ou
 def _names(run_params: dict[str, Any]) -> list[str]:
     """The pipelines of the run, in the order of their work: Kedro hands on a set of what the command names."""
     names = run_params.get("pipeline_names") or [run_params.get("pipeline_name") or "__default__"]
+    names = ["train" if name == "__default__" else name for name in names]
     order = [*summary.NEXT, *sorted(set(names) - set(summary.NEXT))]
     return sorted(names, key=order.index)
 
@@ -49,10 +55,24 @@ class RunHooks:
         self._read: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
 
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        loader = context.config_loader
+        if not loader.runtime_params:
+            return
+        text = "\n".join(p.read_text() for p in Path(loader.conf_source, loader.base_env).glob("parameters*.yml"))
+        defaults, short = yaml.safe_load(text), re.findall(r"\$\{runtime_params:(\w+)", text)
+        # Steps check the names in their sections; of a section that nobody takes, nobody would say a word.
+        check_names(loader.runtime_params, sorted({*defaults, *short}), "--params")
+        check_lists(loader.runtime_params, defaults)
+
     # Last, so that kedro-mlflow has opened its run.
     @hook_impl(trylast=True)
-    def before_pipeline_run(self, run_params: dict[str, Any]) -> None:
+    def before_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         self._begin()
+        # Kedro tells no hook of Ctrl+C. (At the end of the process MLflow ends its runs too, after this.)
+        atexit.unregister(self._stopped)
+        atexit.register(self._stopped, run_params, catalog)
         self._commit = tracking.git_commit(str(run_params.get("project_path") or "."))
         tracking.tag_run(self._commit)
 
@@ -86,6 +106,7 @@ class RunHooks:
 
     @hook_impl
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        atexit.unregister(self._stopped)
         names, part = _names(run_params), _is_part(run_params)
         title = f"a part of {' + '.join(names)}" if part else " + ".join(names)
         logger.info("--- %s finished in %s", title, duration(time.monotonic() - self._start))
@@ -103,12 +124,22 @@ class RunHooks:
 
     @hook_impl
     def on_pipeline_error(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        atexit.unregister(self._stopped)
+        self._tell_of_a_part("failed", run_params, catalog, "do what the error below says, and ")
+
+    def _stopped(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        self._tell_of_a_part("stopped", run_params, catalog)
+        tracking.end_killed()
+
+    def _tell_of_a_part(
+        self, ended: str, run_params: dict[str, Any], catalog: CatalogProtocol, before: str = ""
+    ) -> None:
         where = f"in the step {self._step}" if self._step else "before its first step"
-        failed, after = " + ".join(_names(run_params)), duration(time.monotonic() - self._start)
-        logger.error("--- %s failed after %s, %s; what was done until then is kept", failed, after, where)
+        names, after = " + ".join(_names(run_params)), duration(time.monotonic() - self._start)
+        logger.error("--- %s %s after %s, %s; what was done until then is kept", names, ended, after, where)
         for line in self._account(catalog):
             logger.info(line)
-        logger.info("next: do what the error below says, and give the same command again, which goes on from there")
+        logger.info("next: %sgive the same command again, which goes on from there", before)
 
     def _account(self, catalog: CatalogProtocol) -> list[str]:
         """What was read, left out and written, one line each; none about nothing."""

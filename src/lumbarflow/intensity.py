@@ -34,8 +34,12 @@ class Normalisation:
         """Take the figures from a whole series, (n, rows, columns), any real dtype.
 
         Raises:
-            ValueError: values that aren't finite, or nothing left between the percentiles.
+            ValueError: values that aren't finite, no such percentiles, or nothing left between them.
         """
+        if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+            raise ValueError(
+                f"preprocess.percentiles is {list(percentiles)}; expected two numbers from 0 to 100, the lower first"
+            )
         _check_finite(array)
         # A scan has few greys: counted, they need no sorting of millions of voxels.
         values, counts = _greys(array) if _has_greys(array) else (array, None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -65,8 +68,10 @@ def to_onnx(model: keras.Model) -> bytes:
     Probabilities differ from those of Keras in float32 by rounding.
 
     Raises:
-        ValueError: the net has an operation that ONNX lacks.
+        ValueError: the net has an operation that ONNX or ONNX Runtime lacks.
     """
+    if keras.backend.backend() != "tensorflow":
+        return _converted_on_tensorflow(model)
     import onnx
 
     # The converter tells of every step, and goes on without what it cannot convert: the checker finds that.
@@ -82,13 +87,39 @@ def to_onnx(model: keras.Model) -> bytes:
     except onnx.checker.ValidationError as error:
         raise ValueError(f"{model.name}: it cannot be converted to ONNX: {str(error).splitlines()[0]}") from error
     onnx.helper.set_model_props(graph, {WEIGHTS: weights_digest(model)})
-    return graph.SerializeToString(deterministic=True)
+    content = graph.SerializeToString(deterministic=True)
+    OnnxNetwork(content)  # not all that the checker accepts does ONNX Runtime compute
+    return content
+
+
+# The file of a net, and that of its graph.
+_CONVERT = """
+import sys
+from pathlib import Path
+from lumbarflow.networks import load_model, to_onnx
+Path(sys.argv[2]).write_bytes(to_onnx(load_model(sys.argv[1])))
+"""
+
+
+def _converted_on_tensorflow(model: keras.Model) -> bytes:
+    """`to_onnx` in a process of its own, on TensorFlow and without its GPUs: the converter reads nothing else."""
+    environment = {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with tempfile.TemporaryDirectory() as folder:
+        net, graph = Path(folder, "network.keras"), Path(folder, "network.onnx")
+        save_model(model, net)
+        command = [sys.executable, "-c", _CONVERT, str(net), str(graph)]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode:
+            why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise ValueError(f"{model.name}: its conversion to ONNX on TensorFlow failed: {why}")
+        return graph.read_bytes()
 
 
 def for_inference(model: keras.Model) -> keras.Model | OnnxNetwork:
     """The net as it is evaluated and served: by ONNX Runtime, or as it is where it has operations that ONNX lacks."""
     try:
-        return OnnxNetwork(to_onnx(model))
+        graph = to_onnx(model)
     except ValueError as error:
         logger.info("%s. Keras computes it.", error)
         return model
+    return OnnxNetwork(graph)

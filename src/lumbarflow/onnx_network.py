@@ -7,11 +7,12 @@ it is faster there than Keras (benchmarks/prediction.py). `lumbarflow.networks.t
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from lumbarflow.backend import core_count
+from lumbarflow.parallel import cores
 
 # The key of a graph's own record that holds `training_record.weights_digest` of the net it was made from.
 WEIGHTS = "weights"
@@ -37,13 +38,15 @@ class OnnxNetwork:
         onnxruntime.set_default_logger_severity(3)
         onnxruntime.disable_telemetry_events()
         self.path = None if isinstance(graph, bytes) else Path(graph)
+        self._graph = graph
         name = self.path or "the graph"
         if self.path and not self.path.is_file():
-            raise ValueError(f"{name}: no such file; expected an ONNX graph. Run: kedro run --pipeline=evaluate")
-        # Of several, the first that is installed computes; TensorRT, which compiles for minutes, is left out.
+            raise ValueError(f"{name}: no such file; expected an ONNX graph. Register the net again.")
+        # Of several, the first that is installed computes; TensorRT, which compiles for minutes, is left out. Unless
+        # told not to, NVIDIA's GPUs round the factors of float32 to 10 bits (TF32), as bfloat16 does to 7.
         providers = [
-            provider
-            for provider in ("CUDAExecutionProvider", "CPUExecutionProvider")
+            (provider, settings)
+            for provider, settings in (("CUDAExecutionProvider", {"use_tf32": 0}), ("CPUExecutionProvider", {}))
             if provider in onnxruntime.get_available_providers()
         ]
         options = onnxruntime.SessionOptions()
@@ -67,14 +70,24 @@ class OnnxNetwork:
         self.input_shape = (None, *inputs[0].shape[1:])
         self._input = inputs[0].name
 
+    def __reduce__(self) -> tuple:
+        # The bytes: a worker on another machine may not see the file.
+        return _opened, (self._graph if self.path is None else self.path.read_bytes(),)
+
     def predict(self, images: np.ndarray, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
         """float32 (n, H, W, channels) -> probabilities float32 (n, H, W, classes).
 
         A slice at a time on each core: of slices, cores lose less to each other than within one, and the result depends
         neither on their number nor on the batch's. `batch_size` and `verbose` are there because Keras models have them.
         """
-        with ThreadPoolExecutor(core_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             return np.concatenate(list(pool.map(self._slice, images)))
 
     def _slice(self, image: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: image[None]})[0]
+
+
+@lru_cache(maxsize=1)
+def _opened(graph: bytes) -> OnnxNetwork:
+    """The net in a worker, which gets it with every series and opens it with the first."""
+    return OnnxNetwork(graph)

@@ -9,6 +9,7 @@ from kedro.pipeline import Pipeline
 from lumbarflow.pipelines import (
     apta_audit,
     baselines,
+    download,
     evaluate,
     evaluate_external,
     export_nnunet,
@@ -61,6 +62,7 @@ def register_pipelines() -> dict[str, Pipeline]:
         "recipes": prepared + _group(recipes),
     }
     others = {
+        "download": _group(download),
         "predict": _group(predict),
         "report": _group(report),
         "rollback": _group(rollback),

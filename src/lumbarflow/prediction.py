@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lumbarflow import imaging, inference, instances, measurements, resampling, scans
+from lumbarflow import (
+    augmentation,
+    imaging,
+    inference,
+    instances,
+    intensity,
+    measurements,
+    onnx_network,
+    resampling,
+    scans,
+    uncertainty,
+)
 from lumbarflow.files import source_digest, value_digest, write_atomically, write_json
 from lumbarflow.imaging import LabelMap, Orientation, Volume, VolumeError, to_sagittal, write_volume
 from lumbarflow.inference import Segmentation, Segmenter
@@ -242,7 +253,10 @@ def plan_predictions(
             "Name another one with output=DIR, or move that file."
         )
     segmenter = choose_augmentation(segmenter, settings["test_time_augmentation"])
-    code = source_digest(imaging, inference, instances, measurements, resampling, scans)
+    code = source_digest(
+        *(augmentation, imaging, inference, instances, intensity, measurements, onnx_network, resampling, scans),
+        uncertainty,
+    )
     # Whether outputs may be overwritten says nothing about what is in them.
     asked = {name: value for name, value in settings.items() if name != "overwrite"}
     work, index = {}, []

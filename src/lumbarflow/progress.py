@@ -14,6 +14,7 @@ A bar in a terminal, plain lines elsewhere. All that a run says has one voice:
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -49,6 +50,16 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, things: str) -> str:
+    """A number of things, given in the plural.
+
+    >>> counted(2, "test patients"), counted(1, "test patients"), counted(1, "rows of masks"), counted(1, "series")
+    ('2 test patients', '1 test patient', '1 row of masks', '1 series')
+    """
+    singular = re.sub(r"(?<!serie)s\b", "", things, count=1)
+    return f"{number} {singular if number == 1 else things}"
 
 
 def track(items: Collection[Item], description: str, unit: str = "series", done: int = 0) -> Iterator[Item]:

@@ -28,9 +28,11 @@ from lumbarflow.inference import SETTINGS, Segmenter
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.model_card import model_card
 from lumbarflow.model_input import SIDES
+from lumbarflow.onnx_network import OnnxNetwork
 from lumbarflow.parameters import check_names
 from lumbarflow.promotion import DATA_KINDS, Decision, ModelFacts, by_hand, decide_promotion
 from lumbarflow.tracking import MANIFEST_TAGS
+from lumbarflow.training_record import weights_digest
 
 if TYPE_CHECKING:
     from mlflow import ActiveRun, MlflowClient
@@ -269,7 +271,7 @@ class RegisteredModel:
 
     Attributes:
         title: its name and version, for people.
-        digest: of its weights and of how it prepares its input.
+        digest: of its weights, of what computes with them, and of how it prepares its input.
         segmenter: as it was evaluated.
     """
 
@@ -310,7 +312,10 @@ def pull(model_uri: str) -> RegisteredModel:
         ) from None
     if not isinstance(segmenter := getattr(loaded, "segmenter", None), Segmenter):
         raise ValueError(f"{model_uri} holds a {type(loaded).__name__}; expected a model that lumbarflow registered.")
-    digest = value_digest([loaded.record["origin"]["weights"], segmenter.settings])
+    network = segmenter.model
+    # (Keras computes the nets of earlier versions, perhaps in bfloat16: their masks are not those of a graph.)
+    weights = network.weights if isinstance(network, OnnxNetwork) else [weights_digest(network), "Keras"]
+    digest = value_digest([weights, segmenter.settings])
     return RegisteredModel(f"{name} version {version}", digest, segmenter)
 
 

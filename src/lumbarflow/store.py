@@ -1,7 +1,8 @@
 """A folder with one sub-folder per series, brought up to date by doing only the work whose key has changed.
 
 Every step that prepares data series by series (ingest, preprocessing) keeps its results so. A series' folder appears
-by one rename when it is complete: an interrupted run loses the series in hand and nothing else.
+by one rename when it is complete: an interrupted run loses the series in hand and nothing else. Several workers (see
+`lumbarflow.parallel`) may write to one store at once, each a series of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from lumbarflow.files import read_json, write_json
 from lumbarflow.imaging import LabelMap, Volume, read_volume, write_volume
+from lumbarflow.parallel import Outcome, Outcomes, Workers, raise_failures
 from lumbarflow.progress import track
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ class Work:
     Attributes:
         key: digest of everything the result depends on (contents of the inputs, parameters).
         make: returns file name -> Volume, LabelMap, NumPy array, JSON-able value or, for other formats, a function that
-            writes the file it is given the path of; `record.json` must be among them.
+            writes the file it is given the path of; `record.json` must be among them. It may be sent to a worker: what
+            it holds on to is where things are, not what is in them.
         done: called when a result that may be used again is in its place, e.g. to clear what `make` worked with.
     """
 
@@ -61,6 +64,10 @@ class SeriesStore:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+
+    def __reduce__(self) -> tuple:
+        # A worker may have another working directory.
+        return type(self), (self.root.absolute(),)
 
     def series(self) -> list[str]:
         """Names of the complete series, sorted."""
@@ -91,6 +98,7 @@ class SeriesStore:
         description: str = "series",
         keep_others: bool = False,
         unit: str = "series",
+        workers: Workers | None = None,
     ) -> Update:
         """Make what is missing or outdated, keep what is current, remove series that `work` doesn't name.
 
@@ -99,10 +107,14 @@ class SeriesStore:
             description: what progress and log call the work.
             keep_others: don't remove: several pipelines keep their results in this folder.
             unit: what progress calls the series, if they are something else.
+            workers: make several at once. None for what takes all cores itself, such as trainings: one after the other
+                in this process.
+        Raises:
+            parallel.WorkFailed: `make` raised something, or its worker was killed; the other series are made. Without
+                `workers`, the first exception as it is, and the series that come after it are not made.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(".partial-*"):  # an interrupted run's
-            shutil.rmtree(left, ignore_errors=True)
+        self._clear()
         update = Update()
         for series in self.series():
             if series not in work and not keep_others:
@@ -110,15 +122,43 @@ class SeriesStore:
                 update.removed.append(series)
         outdated = {series: item for series, item in work.items() if self._key(series) != item.key}
         update.reused = [series for series in work if series not in outdated]
-        for series, item in track(outdated.items(), description, unit, done=len(update.reused)):
-            self._write(series, item)
-            (update.made if self._key(series) == item.key else update.failed).append(series)
+        if workers is None:
+            outcomes = Outcomes(
+                len(outdated), (Outcome(series, self._written(series, item)) for series, item in outdated.items())
+            )
+        else:
+            outcomes = workers.run(self._written, outdated, description)
+        keys, failures = {}, {}
+        for outcome in track(outcomes, description, unit, done=len(update.reused)):
+            if outcome.failure:
+                failures[outcome.name] = outcome.failure
+            keys[outcome.name] = outcome.result
+        # In the order of the work, whichever was ready first.
+        for series, item in outdated.items():
+            (update.made if keys[series] == item.key else update.failed).append(series)
+        if workers is not None:
+            self._clear()
         logger.info(
             "%s: %d made, %d unchanged and taken from the last run, %d removed%s",
             description, len(update.made), len(update.reused), len(update.removed),
             f", {len(update.failed)} failed" if update.failed else "",
         )  # fmt: skip
+        raise_failures(
+            {series: failures[series] for series in update.failed if series in failures}, len(work), description, unit
+        )
         return update
+
+    def _written(self, series: str, work: Work) -> str | None:
+        """Make a series, and return the key that its record has then."""
+        # A worker that was thought to be lost may have made it after all.
+        if self._key(series) != work.key:
+            self._write(series, work)
+        return self._key(series)
+
+    def _clear(self) -> None:
+        """Remove what a run or a worker that was killed has left."""
+        for left in self.root.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _key(self, series: str) -> str | None:
         try:

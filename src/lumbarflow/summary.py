@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumbarflow.cohort import ABSENT, ACCEPTED, IGNORED, REJECTED
+from lumbarflow.download import without_credentials
+from lumbarflow.progress import counted
 from lumbarflow.store import Update
 
 if TYPE_CHECKING:
@@ -24,10 +26,8 @@ if TYPE_CHECKING:
 def _evaluated(summary: Mapping[str, Any]) -> str:
     names = [key for key in summary if key.startswith("dice_") and key != "dice_background"]
     classes = ", ".join(f"{name.removeprefix('dice_')} {summary[name]:.4f}" for name in names)
-    return (
-        f"mean foreground Dice {summary['mean_foreground_dice']:.4f} on {summary['test_slices']} slices of "
-        f"{summary['test_patients']} test patients ({classes})"
-    )
+    slices, patients = counted(summary["test_slices"], "slices"), counted(summary["test_patients"], "test patients")
+    return f"mean foreground Dice {summary['mean_foreground_dice']:.4f} on {slices} of {patients} ({classes})"
 
 
 def _registered(registration: Mapping[str, Any]) -> str:
@@ -35,11 +35,19 @@ def _registered(registration: Mapping[str, Any]) -> str:
     return f"registered: {registration['name']} version {registration['version']}, {holds} {registration['alias']}"
 
 
+def _downloaded(record: Mapping[str, Any]) -> str:
+    counts = {row["folder"]: row["new"] + row["unchanged"] for row in record["files"] if row["folder"] != "."}
+    new = sum(row["new"] for row in record["files"])
+    volumes = " and ".join(counted(count, folder) for folder, count in counts.items())
+    return f"{volumes} ({record['licence']}), {counted(new, 'files')} of it new"
+
+
 # --- what was read
 
 
 def _cohort(index: pd.DataFrame) -> str:
-    return f"{len(index)} series of {index['patient'].nunique()} patients, {int(index['n_slices'].sum())} slices"
+    patients, slices = index["patient"].nunique(), int(index["n_slices"].sum())
+    return f"{len(index)} series of {counted(patients, 'patients')}, {counted(slices, 'slices')}"
 
 
 def _slices(model_input: Any) -> str:
@@ -47,7 +55,7 @@ def _slices(model_input: Any) -> str:
     for side, purpose in (("train", "train"), ("validation", "validate"), ("test", "test")):
         chosen = manifest["sides"][side]
         patients = {manifest["series"][name]["patient"] for name in chosen}
-        parts.append(f"{sum(map(len, chosen.values()))} of {len(patients)} patients to {purpose}")
+        parts.append(f"{sum(map(len, chosen.values()))} of {counted(len(patients), 'patients')} to {purpose}")
     return f"{manifest['data_kind']} slices, {', '.join(parts)}"
 
 
@@ -66,22 +74,22 @@ def _not_ingested(report: pd.DataFrame) -> str:
 def _filtered(index: pd.DataFrame) -> str:
     left = index.loc[~index["kept"], "reason"]
     reasons = [reason if count == len(left) else f"{count} {reason}" for reason, count in left.value_counts().items()]
-    return f"{len(left)} of {len(index)} slices ({', '.join(reasons)})" if reasons else ""
+    return f"{len(left)} of {counted(len(index), 'slices')} ({', '.join(reasons)})" if reasons else ""
 
 
 def _not_read(report: pd.DataFrame) -> str:
     left = int((report["outcome"] != ACCEPTED).sum())
-    return f"{left} of {len(report)} masks" if left else ""
+    return f"{left} of {counted(len(report), 'masks')}" if left else ""
 
 
 def _not_tried(table: pd.DataFrame) -> str:
     left = int((table["outcome"] != "run").sum())
-    return f"{left} of {len(table)} rows of the screen" if left else ""
+    return f"{left} of {counted(len(table), 'rows of the screen')}" if left else ""
 
 
 def _failed_trials(table: pd.DataFrame) -> str:
     left = int((table["state"] == "failed").sum())
-    return f"{left} of {len(table)} trials" if left else ""
+    return f"{left} of {counted(len(table), 'trials')}" if left else ""
 
 
 def _no_scans(scans: Any) -> str:
@@ -90,19 +98,20 @@ def _no_scans(scans: Any) -> str:
 
 def _not_segmented(rows: pd.DataFrame) -> str:
     left = int((rows["outcome"] != "segmented").sum())
-    return f"{left} of the {len(rows)} scans that the output folder knows" if left else ""
+    return f"{left} of the {counted(len(rows), 'scans')} that the output folder knows" if left else ""
 
 
 # Entry -> words.
 RESULTS: dict[str, Callable[[Any], str]] = {
     "evaluation_summary": _evaluated,
     "registration": _registered,
+    "download_record": _downloaded,
 }
 READ: dict[str, Callable[[Any], str]] = {
     "series_index": _cohort,
     "model_input": _slices,
-    "external_masks": lambda masks: f"{len(masks)} files of masks",
-    "scans": lambda scans: f"{len(scans)} scans",
+    "external_masks": lambda masks: counted(len(masks), "files of masks"),
+    "scans": lambda scans: counted(len(scans), "scans"),
     "registered_model": lambda model: model.title,
 }
 LEFT_OUT: dict[str, Callable[[Any], str]] = {
@@ -151,6 +160,7 @@ TO_LOOK_AT = (
     "training_history_csv",
     "filter_rules_csv",
     "ingest_report_csv",
+    "download_record",
 )
 
 # Pipeline -> the pipeline to run after it, or another command, with what it is good for. None: there is nothing to run,
@@ -158,6 +168,7 @@ TO_LOOK_AT = (
 # export_nnunet).
 _REGISTERED = "kedro mlflow ui (runs, models), kedro viz run (the pipeline), {report} (all figures on one page)"
 NEXT: dict[str, str | None] = {
+    "download": "{ingest}",
     "synthesize": "{ingest}",
     "ingest": "{preprocess}",
     "preprocess": "{fit}",
@@ -206,6 +217,7 @@ def options(environment: str | None, parameters: Mapping[str, Any]) -> str:
     if not flat:
         return given
     pairs = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in flat.items()}
+    pairs = {name: without_credentials(value) for name, value in pairs.items()}
     if not all(isinstance(value, (str, int, float)) for value in flat.values()) or "," in "".join(pairs.values()):
         return f"{given} --params=... (the same as now)"  # nobody has typed these
     joined = ",".join(f"{name}={value}" for name, value in pairs.items())
@@ -238,12 +250,12 @@ def written(stores: Iterable[tuple[Path, str, Update]], files: Iterable[Path]) -
     for folder, unit, update in stores:
         count, same = len(update.made) + len(update.reused), len(update.reused)
         unchanged = "" if not same else ", all unchanged" if same == count else f", {same} unchanged"
-        found.setdefault(folder, []).append(f"{count} {unit}{unchanged}")
+        found.setdefault(folder, []).append(f"{counted(count, unit)}{unchanged}")
     files = {path for path in files if not path.parent.name.startswith(".")}
     for folder in filter(Path.is_dir, files):
         found.setdefault(folder, [])
     folders = [path.parent for path in files if not path.is_dir()]
     for folder in dict.fromkeys(folders):
         count = folders.count(folder)
-        found.setdefault(folder, []).append(f"{count} file{'s' if count > 1 else ''}")
+        found.setdefault(folder, []).append(counted(count, "files"))
     return [shown(folder) + (f" ({', '.join(what)})" if what else "") for folder, what in sorted(found.items())]

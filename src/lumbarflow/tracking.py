@@ -80,6 +80,14 @@ def kill_run(run_id: str) -> None:
             logger.warning("run %s cannot be marked as killed: %s", run_id, error)
 
 
+def end_killed() -> None:
+    """End the runs of this process as killed: somebody stopped it, and MLflow would call them finished."""
+    import mlflow
+
+    while mlflow.active_run():
+        mlflow.end_run("KILLED")
+
+
 def git_commit(folder: str) -> dict[str, str]:
     """The commit that a folder stands at, and whether it was changed since; empty outside a git checkout."""
 

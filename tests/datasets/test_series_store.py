@@ -81,7 +81,7 @@ def test_a_folder_with_scans_of_somebody_else_is_left_alone(dataset, plan, make_
         dataset.save({"1_t1": plan("1_t1")})
     assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
     assert not dataset.exists()
-    assert caplog.messages == [f"{raw} holds 2 files of yours: nothing is synthesized"]
+    assert caplog.messages == [f"synthesize: nothing, {raw} holds 2 files of yours"]
 
 
 def test_an_overview_of_somebody_else_is_left_alone(dataset, plan, tmp_path):

@@ -11,6 +11,7 @@ import pandas as pd
 from kedro.io import AbstractDataset
 
 from lumbarflow.files import write_atomically
+from lumbarflow.parallel import Workers
 from lumbarflow.store import SeriesStore, SpiderLayoutStore, Update, Work
 
 logger = logging.getLogger(__name__)
@@ -24,12 +25,15 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
           type: lumbarflow.datasets.SeriesStoreDataset
           path: data/02_intermediate/series
           description: ingest
+          parallel: {backend: loky, workers: all, scheduler: local}
 
     Args:
         path: the folder.
         description: what progress and log call the work.
         keep_others: saving leaves series that the data don't name: several pipelines write to this folder.
         unit: what progress calls the series, if they are something else.
+        parallel: how saving makes several series at once, see `lumbarflow.parallel.Workers`; without it, one after the
+            other.
     Attributes:
         updated: what the last saving did; None without one, or if it had nothing to do.
     """
@@ -43,19 +47,21 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         description: str = "series",
         keep_others: bool = False,
         unit: str = "series",
+        parallel: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ):
         self._path = Path(path)
         self._description = description
         self._keep_others = keep_others
         self.unit = unit
+        self._workers = None if parallel is None else Workers.of(parallel)
         self.metadata = metadata
 
     def load(self) -> SeriesStore:
         return SeriesStore(self._path)
 
     def save(self, data: Mapping[str, Work]) -> None:
-        self.updated = self.load().update(data, self._description, self._keep_others, self.unit)
+        self.updated = self.load().update(data, self._description, self._keep_others, self.unit, self._workers)
 
     def _describe(self) -> dict[str, Any]:
         return {"path": str(self._path), "description": self._description}
@@ -92,6 +98,6 @@ class SyntheticCohortDataset(SeriesStoreDataset):
                 )
             logger.info("%s: nothing, %s holds %d files of yours", self._description, self._path, len(foreign))
             return
-        self.updated = store.update(data, self._description)
+        self.updated = store.update(data, self._description, workers=self._workers)
         overview = pd.DataFrame([record["overview"] for record in store.records().values()])
         write_atomically(self._path / "overview.csv", lambda partial: overview.to_csv(partial, index=False))

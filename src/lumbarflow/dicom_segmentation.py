@@ -30,7 +30,9 @@ def require_highdicom() -> None:
     try:
         import highdicom  # noqa: F401
     except ImportError:
-        raise ImportError("DICOM-SEG is written by highdicom: pip install 'lumbarflow[dicom]'") from None
+        raise ImportError(
+            "DICOM-SEG is written by highdicom, which is not installed. Run: pip install -c constraints.txt -e '.[dicom]'"
+        ) from None
 
 
 @quiet_libraries()

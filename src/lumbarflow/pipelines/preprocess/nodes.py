@@ -13,6 +13,7 @@ from lumbarflow import intensity, metrics, preparation, resampling, selection, s
 from lumbarflow.files import source_digest, value_digest
 from lumbarflow.model_input import SIDES
 from lumbarflow.parameters import check_names
+from lumbarflow.progress import counted
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ def split_series(series_index: pd.DataFrame, settings: dict[str, Any]) -> pd.Dat
     for side in SIDES:
         rows = table[table["side"] == side]
         logger.info(
-            "%s: %d patients, %d series, %d slices",
-            side, rows["patient"].nunique(), rows["series"].nunique(), len(rows),
+            "%s: %s, %d series, %s",
+            side, counted(rows["patient"].nunique(), "patients"), rows["series"].nunique(), counted(len(rows), "slices"),
         )  # fmt: skip
     return table
 

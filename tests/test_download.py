@@ -19,13 +19,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pooch
 import pytest
 
 from lumbarflow import download
 from lumbarflow.download import DownloadError, address, fetch, record_files, unpack, without_credentials
 
 TRANSFER = {
-    "connect_seconds": 1, "silence_seconds": 0.2, "attempts": 3, "wait_seconds": 0.01, "longest_wait_seconds": 2,
+    "connect_seconds": 20, "silence_seconds": 20, "attempts": 3, "wait_seconds": 0.01, "longest_wait_seconds": 2,
 }  # fmt: skip
 LIMITS = {"entries": 10, "entry_bytes": 10_000, "total_bytes": 20_000}
 NOISE = np.random.default_rng(0).bytes(4000)
@@ -238,10 +239,12 @@ def test_a_truncated_transfer_goes_on_where_it_ended(server, folders, naps, capl
 
 def test_a_stalled_transfer_is_asked_to_go_on(server, folders, caplog):
     server.script = [answer(upto=1000, stall=True)]
-    fetch(settings(server.url), folders.downloads, folders.raw)
+    given = settings(server.url, transfer=TRANSFER | {"silence_seconds": 0.4, "attempts": 20})
+    fetch(given, folders.downloads, folders.raw)
     assert (folders.downloads / "images.zip").read_bytes() == IMAGES
-    assert [headers.get("Range") for headers in server.asked()] == [None, "bytes=1000-"]
-    assert "127.0.0.1 was silent for 0.2 s at byte 1000" in caplog.text
+    # Busy machines may fall silent by themselves.
+    assert (server.asked()[0].get("Range"), server.asked()[-1].get("Range")) == (None, "bytes=1000-")
+    assert "127.0.0.1 was silent for 0.4 s at byte 1000" in caplog.text
 
 
 def test_the_next_run_goes_on_from_what_one_has_left(server, folders, naps):
@@ -266,19 +269,20 @@ def test_attempts_that_bring_something_are_not_counted(server, folders, naps, mo
 
 
 def test_the_server_says_when_to_come_back(server, folders, naps):
-    later = datetime.now(UTC) + timedelta(seconds=1.9)
+    later = datetime.now(UTC) + timedelta(seconds=50)
+    given = settings(server.url, transfer=TRANSFER | {"longest_wait_seconds": 60})
     server.script = [
         status(429, Retry_After="1"), status(503, Retry_After=format_datetime(later, usegmt=True)),
     ]  # fmt: skip
-    fetch(settings(server.url), folders.downloads, folders.raw)
-    assert naps[0] == 1.0 and 0 <= naps[1] < 2 and len(naps) == 2
+    fetch(given, folders.downloads, folders.raw)
+    assert naps[0] == 1.0 and 30 < naps[1] <= 50 and len(naps) == 2
     shutil.rmtree(folders.raw)
     server.script = [status(429, Retry_After="3600")]
     with pytest.raises(
         DownloadError,
-        match=r"429 Too Many Requests, asking for 1 h 0 min until the next request; expected at most 2 s .*from byte 0",
+        match=r"429 Too Many Requests, asking for 1 h 0 min until the next request; expected at most 1 min 0 s .* 0 of",
     ):
-        fetch(settings(server.url), folders.downloads, folders.raw)
+        fetch(given, folders.downloads, folders.raw)
 
 
 def test_waits_grow_up_to_the_longest(server, folders, naps):
@@ -293,6 +297,7 @@ def test_a_server_that_knows_no_ranges_sends_all_again(server, folders, naps, ca
     fetch(settings(server.url), folders.downloads, folders.raw)
     assert (folders.downloads / "images.zip").read_bytes() == IMAGES
     assert "images.zip begins anew, 127.0.0.1 sends all of it" in caplog.text
+    assert len(server.asked()) == 2
 
 
 def test_two_versions_are_never_joined(server, folders, naps):
@@ -340,6 +345,15 @@ def test_odd_partial_files(server, folders, naps, part, script, asked):
     assert (folders.downloads / "images.zip").read_bytes() == IMAGES
 
 
+def test_a_run_that_was_killed_before_the_last_check_loses_nothing(server, folders):
+    folders.downloads.mkdir(parents=True)
+    (folders.downloads / "tmpab_0cd12").write_bytes(IMAGES)
+    (folders.downloads / "tmp00000000").touch()
+    fetch(settings(server.url), folders.downloads, folders.raw)
+    assert sorted(path.name for path in folders.downloads.iterdir()) == ["images.zip", "overview.csv"]
+    assert server.asked() == []
+
+
 def test_another_size_is_another_file(server, folders):
     server.files["images.zip"] = b"please log in"
     message = rf"images.zip from 127\.0\.0\.1: 13 bytes; expected {len(IMAGES)}, as the record has it\. Name a server"
@@ -353,6 +367,12 @@ def test_another_size_is_another_file(server, folders):
     with pytest.raises(DownloadError, match=f"{len(IMAGES) + 4} bytes; expected {len(IMAGES)}"):
         fetch(settings(server.url), folders.downloads, folders.raw)
     assert list(folders.downloads.iterdir()) == []
+    # At once, before what has come is given up.
+    (folders.downloads / "images.zip.part").write_bytes(IMAGES[:50])
+    server.script = [answer(ranges=False)]
+    with pytest.raises(DownloadError, match=f"{len(IMAGES) + 4} bytes; expected {len(IMAGES)}"):
+        fetch(settings(server.url), folders.downloads, folders.raw)
+    assert (folders.downloads / "images.zip.part").read_bytes() == IMAGES[:50]
 
 
 @pytest.mark.parametrize(
@@ -375,11 +395,12 @@ def test_a_range_that_was_not_asked_for(server, folders, said, message):
 def test_a_wrong_checksum_is_one_error_and_no_file(server, folders):
     server.files["images.zip"] = IMAGES[:-1] + b"?"
     found, expected = hashlib.md5(server.files["images.zip"]).hexdigest(), hashlib.md5(IMAGES).hexdigest()
-    with pytest.raises(
-        DownloadError, match=f"images.zip from 127.*{found}.*expected md5 {expected}. It is removed"
-    ) as e:
+    message = (
+        rf"^images\.zip from 127\.0\.0\.1: md5 {found}; expected {expected}, the record's\. It is removed: give the s"
+    )
+    with pytest.raises(DownloadError, match=message) as error:
         fetch(settings(server.url), folders.downloads, folders.raw)
-    assert e.value.__cause__ is None and "\n" not in str(e.value)
+    assert error.value.__suppress_context__
     assert list(folders.downloads.iterdir()) == []
     assert len(server.asked()) == 1
 
@@ -418,6 +439,7 @@ def test_credentials_are_sent_and_never_said(server, folders, naps, caplog, capf
     said = caplog.text + str(capfd.readouterr()) + repr(e.value) + repr(e.value.__cause__)
     assert "127.0.0.1" in said and "s3cret" not in said and "k3y" not in said
     assert e.value.__suppress_context__
+    assert not pooch.get_logger().isEnabledFor(logging.INFO)  # it would say whole addresses
 
 
 def test_no_room(server, folders, monkeypatch):
@@ -527,7 +549,7 @@ def test_an_archive_may_be_deleted_once_it_is_unpacked(server, folders):
     assert unpack(given, folders.downloads, folders.raw)["images.zip"] == {"new": 1, "unchanged": 1}
     # Another version of the record is another archive.
     given["files"][0]["md5"] = "0" * 32
-    with pytest.raises(DownloadError, match="expected md5 00000"):
+    with pytest.raises(DownloadError, match="expected 00000"):
         fetch(given, folders.downloads, folders.raw)
 
 
@@ -540,13 +562,13 @@ def link(name: str, kind: int = stat.S_IFLNK) -> zipfile.ZipInfo:
 MALICIOUS = {
     "absolute": ([("/etc/1_t1.mha", b"x")], r"called '/etc/1_t1\.mha'; expected paths that stay in their folder"),
     "outwards": ([("images/../../1_t1.mha", b"x")], r"called 'images/\.\./\.\./1_t1\.mha'"),
-    "drive": ([("C:1_t1.mha", b"x")], "called 'C:1_t1.mha'"),
+    "drive": ([("C:1_t1.mha", b"x")], "an entry called 'C:1_t1.mha'"),
     "backslash": ([("..\\1_t1.mha", b"x")], "called '.*1_t1.mha'; expected paths that stay"),
     "outwards, though passed over": ([("../notes.txt", b"x"), ("1_t1.mha", b"x")], r"called '\.\./notes\.txt'"),
     "link": ([(link("images/1_t1.mha"), b"/etc/passwd")], "1_t1.mha is a link or a device; expected files and fold"),
     "device": ([(link("1_t1.mha", stat.S_IFBLK), b"")], "is a link or a device"),
     "twice": ([("a/1_t1.mha", b"x"), ("b/1_t1.mha", b"x")], "both a/1_t1.mha and b/1_t1.mha; expected volumes of diff"),
-    "case": ([("1_t2_SPACE.mha", b"x"), ("1_t2_space.mha", b"x")], "both 1_t2_SPACE.mha and 1_t2_space.mha"),
+    "case": ([("1_t2_space.mha", b"x"), ("1_t2_SPACE.mha", b"x")], "both 1_t2_space.mha and 1_t2_SPACE.mha"),
     "odd name": ([("images/1 t1\u202e.mha", b"x")], "a volume called .*; expected letters, digits"),
     "many": ([(f"{number}_t1.mha", b"x") for number in range(11)], "11 entries; expected at most 10 .download.limits"),
     "large": ([("1_t1.mha", bytes(10_001))], "1_t1.mha has 10 kB; expected at most 10 kB .download.limits.entry_byt"),

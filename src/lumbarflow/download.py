@@ -177,9 +177,6 @@ def fetch(settings: Mapping[str, Any], folder: Path, raw_dir: Path) -> dict[str,
     pooch.get_logger().setLevel(logging.WARNING)  # what it says is said here, in the voice of a run
     files = record_files(settings)
     base, login = address(settings)
-    for file in files:
-        if not file.unpack:
-            _is_placed(file, raw_dir)  # or an error, before gigabytes come
     missing = [file for file in files if not _is_done(file, folder, raw_dir)]
     _check_room(missing, folder)
     registry = pooch.create(path=folder, base_url=base, registry={file.name: f"md5:{file.md5}" for file in files})
@@ -191,13 +188,12 @@ def fetch(settings: Mapping[str, Any], folder: Path, raw_dir: Path) -> dict[str,
             try:
                 registry.fetch(file.name, downloader=transfer)
             except ValueError as error:
-                # pooch's own: names the file, the md5 that was found and the one that was expected.
-                raise DownloadError(
-                    f"{file.name} from {transfer.host}",
-                    f"other bytes than the record's ({error})",
-                    f"md5 {file.md5}",
-                    f"It is removed. Give the same command again; if it comes back, the server's is another. {_MIRROR}",
-                ) from None
+                # pooch's own, which has removed the file; it ends with the md5 that was found.
+                found = (re.findall(r"\b[0-9a-f]{32}\b", str(error)) or ["another"])[-1]
+                remedy = (
+                    "It is removed: give the same command again. Should that end likewise, the server has another file"
+                )
+                raise transfer.error(f"md5 {found}", f"{file.md5}, the record's", f"{remedy}. {_MIRROR}") from None
             outcomes[file.name] = FETCHED if transfer.used else THERE
     return outcomes
 
@@ -249,6 +245,7 @@ class _Transfer:
         self.url, self.host = url, urlsplit(url).hostname
         self.part = _part(Path(output_file).parent, self.file)
         self.mark = self.part.with_name(f"{self.part.name}.json")
+        self._take_up(Path(output_file))
         if have := self._have():
             logger.info("download: %s from %s, going on at %s", self.file.name, self.host, self._progress(have))
         else:
@@ -262,6 +259,14 @@ class _Transfer:
                 self._wait(problem, fruitless)
         os.replace(self.part, output_file)
         self.mark.unlink(missing_ok=True)
+
+    def _take_up(self, own: Path) -> None:
+        """Make pooch's temporary files of a run that was killed, which are empty or whole, partial ones again."""
+        for left in own.parent.glob(f"tmp{'?' * 8}"):
+            if left != own and left.stat().st_size == self.file.bytes:
+                left.replace(self.part)
+            elif left != own and not left.stat().st_size:
+                left.unlink()
 
     def _have(self) -> int:
         """Bytes that have come; more than there can be are none."""
@@ -297,7 +302,7 @@ class _Transfer:
             with self.session.get(self.url, headers=headers, stream=True, timeout=timeout) as response:
                 self._store(response, self._start(response, have))
         except requests.exceptions.SSLError:
-            raise self._error("a certificate that nobody vouches for", "one that can be trusted") from None
+            raise self.error("a certificate that nobody vouches for", "one that can be trusted") from None
         except (requests.exceptions.ReadTimeout, TimeoutError):
             raise _Interruption(f"{self.host} was silent for {duration(silence)}") from None
         except requests.exceptions.ConnectTimeout:
@@ -305,7 +310,7 @@ class _Transfer:
         except (requests.exceptions.ConnectionError, HTTPError):
             raise _Interruption(f"the connection to {self.host} broke") from None
         except requests.exceptions.RequestException as error:
-            raise self._error(f"no answer that can be used ({type(error).__name__})", "the file") from None
+            raise self.error(f"no answer that can be used ({type(error).__name__})", "the file") from None
 
     def _start(self, response: requests.Response, have: int) -> int:
         """The number of the first byte that an answer brings: `have`, or 0 from servers that begin anew."""
@@ -319,13 +324,13 @@ class _Transfer:
             declared = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
             if not declared or int(declared[1]) != have:
                 found = f"bytes that begin elsewhere ({response.headers.get('Content-Range')})"
-                raise self._error(found, f"byte {have} and those after it")
+                raise self.error(found, f"byte {have} and those after it")
             if declared[2] not in ("*", str(self.file.bytes)):
                 raise self._wrong_size(int(declared[2]))
             return have
         if status != HTTPStatus.OK:
             denied = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-            raise self._error(_status(status), "the file", f"User and password go into ~/.netrc. {_MIRROR}" * denied)
+            raise self.error(_status(status), "the file", f"User and password go into ~/.netrc. {_MIRROR}" * denied)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and int(length) != self.file.bytes:
             raise self._wrong_size(int(length))
@@ -386,10 +391,10 @@ class _Transfer:
         have, longest = self._have(), self.settings["longest_wait_seconds"]
         later = f"Give the same command again later: it goes on from {self._progress(have)}."
         if fruitless >= self.settings["attempts"]:
-            raise self._error(f"{problem}, {fruitless} times with hardly a byte", "an answer", later)
+            raise self.error(f"{problem}, {fruitless} times with hardly a byte", "an answer", later)
         if problem.wait is not None and problem.wait > longest:
             asked = f"{problem}, asking for {duration(problem.wait)} until the next request"
-            raise self._error(asked, f"at most {duration(longest)} (download.transfer.longest_wait_seconds)", later)
+            raise self.error(asked, f"at most {duration(longest)} (download.transfer.longest_wait_seconds)", later)
         wait = problem.wait
         if wait is None:
             wait = min(longest, self.settings["wait_seconds"] * 2.0 ** max(0, fruitless - 1))
@@ -398,9 +403,9 @@ class _Transfer:
         time.sleep(wait)
 
     def _wrong_size(self, found: int) -> DownloadError:
-        return self._error(f"{found} bytes", f"{self.file.bytes}, as the record has it")
+        return self.error(f"{found} bytes", f"{self.file.bytes}, as the record has it")
 
-    def _error(self, found: str, expected: str, remedy: str = "") -> DownloadError:
+    def error(self, found: str, expected: str, remedy: str = "") -> DownloadError:
         return DownloadError(f"{self.file.name} from {self.host}", found, expected, remedy or _MIRROR)
 
 

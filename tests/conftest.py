@@ -280,3 +280,30 @@ def _decimals(values) -> list:
     from pydicom.valuerep import DSfloat
 
     return [DSfloat(float(value), auto_format=True) for value in values]
+
+
+@pytest.fixture(scope="session")
+def make_graph(tmp_path_factory) -> Callable[..., Path]:
+    """Factory of files with a net that ONNX Runtime computes: a convolution of each slice, with random weights."""
+
+    def make(size: tuple[int, int]) -> Path:
+        import onnx
+
+        kernels = np.random.default_rng(3).normal(size=(4, 1, 3, 3)).astype(np.float32)
+        nodes = [
+            onnx.helper.make_node("Transpose", ["slices"], ["channels_first"], perm=[0, 3, 1, 2]),
+            onnx.helper.make_node("Conv", ["channels_first", "kernels"], ["scores"], pads=[1, 1, 1, 1]),
+            onnx.helper.make_node("Transpose", ["scores"], ["channels_last"], perm=[0, 2, 3, 1]),
+            onnx.helper.make_node("Softmax", ["channels_last"], ["probabilities"], axis=-1),
+        ]
+        shapes = {"slices": ["n", *size, 1], "probabilities": ["n", *size, 4]}
+        ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, at) for name, at in shapes.items()]
+        constants = [onnx.numpy_helper.from_array(kernels, name="kernels")]
+        net = onnx.helper.make_graph(nodes, "net", ends[:1], ends[1:], constants)
+        model = onnx.helper.make_model(net, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+        onnx.helper.set_model_props(model, {"weights": "digest"})
+        path = tmp_path_factory.mktemp("graph") / "net.onnx"
+        onnx.save(model, path)
+        return path
+
+    return make

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from lumbarflow import evaluation, inference, metrics, onnx_network, uncertainty
+from lumbarflow import evaluation, inference, metrics, onnx_network, parallel, uncertainty
 from lumbarflow.cohort import Scan, ingest_scan
 from lumbarflow.evaluation import Case, evaluate_cases, predicted_cases, prediction_work, read_case
 from lumbarflow.imaging import LabelMap
 from lumbarflow.labels import LabelTable
 from lumbarflow.metrics import class_scores, confusion_matrix
 from lumbarflow.model_input import ModelInput
+from lumbarflow.onnx_network import OnnxNetwork
+from lumbarflow.parallel import Workers
 from lumbarflow.store import SeriesStore, Work
 
 SETTINGS = {
@@ -135,7 +140,7 @@ def test_predictions_come_back_in_storage_order_and_are_made_once(series, tmp_pa
 def test_cases_are_the_manifests_test_slices_with_their_spacing(series, tmp_path):
     data, predictions, update, *_ = predict(series, tmp_path, tested=[2, 4])
     update()
-    cases = list(predicted_cases(data.manifest, series, predictions))
+    cases = [read() for read in predicted_cases(data.manifest, series, predictions).values()]
     assert [(case.series, case.patient, case.tested.tolist()) for case in cases] == [
         ("1_t1", "1", [2, 4]),
         ("2_t1", "2", [2, 4]),
@@ -198,10 +203,8 @@ def test_predictions_without_probabilities_have_neither_entropy_nor_reliability(
     np.testing.assert_array_equal(evaluated.reliability, of_the_other)
     figures = [name for name in evaluated.by_case if name != "entropy"]
     assert evaluated.by_case[figures].equals(with_both.by_case[figures])
-    masks = (
-        replace(case, entropy=None, reliability=None) for case in predicted_cases(data.manifest, series, predictions)
-    )
-    evaluated = evaluate_cases(masks, SETTINGS)
+    cases = (read() for read in predicted_cases(data.manifest, series, predictions).values())
+    evaluated = evaluate_cases(to_read(*(replace(case, entropy=None, reliability=None) for case in cases)), SETTINGS)
     assert evaluated.by_case["entropy"].isna().all() and not evaluated.reliability.any()
 
 
@@ -228,7 +231,7 @@ def test_another_side_can_be_predicted_and_scored_without_the_test_patients(seri
     data, predictions = ModelInput(series.root.parent, manifest), SeriesStore(tmp_path / "predictions")
     work = prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS, side="validation")
     assert predictions.update(work).made == ["2_t1"]
-    cases = list(predicted_cases(manifest, series, predictions, side="validation"))
+    cases = [read() for read in predicted_cases(manifest, series, predictions, side="validation").values()]
     assert [(case.series, case.tested.tolist()) for case in cases] == [("2_t1", [1, 3])]
     assert list(prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS)) == ["1_t1"]
 
@@ -238,11 +241,15 @@ def test_an_unknown_side_is_named(series):
     with pytest.raises(ValueError, match=r"side is 'val'; expected one of train, validation, test"):
         prediction_work(GreyIsClass, "weights", "network", data, series, SETTINGS, side="val")
     with pytest.raises(ValueError, match=r"side is 'val'; expected one of train, validation, test"):
-        list(predicted_cases(data.manifest, series, series, side="val"))
+        predicted_cases(data.manifest, series, series, side="val")
 
 
 def case(name, patient, reference, prediction, **more) -> Case:
     return Case(name, patient, reference, prediction, (4.0, 0.5, 0.8), np.arange(len(reference)), **more)
+
+
+def to_read(*cases: Case) -> dict[str, Callable[[], Case]]:
+    return {case.series: partial(replace, case) for case in cases}
 
 
 def blocks() -> tuple[np.ndarray, np.ndarray]:
@@ -256,7 +263,7 @@ def blocks() -> tuple[np.ndarray, np.ndarray]:
 def test_tables_of_two_patients_by_hand():
     reference, worse = blocks()
     evaluated = evaluate_cases(
-        iter([case("a_t1", "a", reference, reference), case("b_t1", "b", reference, worse)]), SETTINGS
+        to_read(case("a_t1", "a", reference, reference), case("b_t1", "b", reference, worse)), SETTINGS
     )
     by_case = evaluated.by_case.set_index(["series", "class"])
     assert by_case.loc[("a_t1", "vertebrae"), "dice"] == 1
@@ -281,7 +288,7 @@ def test_the_ceiling_is_a_scope_of_its_own():
     reference, _ = blocks()
     ceiling = np.diag([100, 40, 16, 8])
     ceiling[1, 0] = 8
-    evaluated = evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS, ceiling)
+    evaluated = evaluate_cases(to_read(case("a_t1", "a", reference, reference)), SETTINGS, ceiling)
     row = evaluated.by_class.set_index(["scope", "class"]).loc[("ceiling", "vertebrae")]
     assert row["dice"] == pytest.approx(80 / 88)
 
@@ -289,7 +296,47 @@ def test_the_ceiling_is_a_scope_of_its_own():
 def test_a_misspelt_setting_is_an_error():
     reference, _ = blocks()
     with pytest.raises(ValueError, match="unknown setting evaluation.batch"):
-        evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | {"batch": 1})
+        evaluate_cases(to_read(case("a_t1", "a", reference, reference)), SETTINGS | {"batch": 1})
     with pytest.raises(ValueError, match="unknown setting evaluation.intervals.sample"):
         options = {"intervals": {"sample": 3, "seed": 0}}
-        evaluate_cases([case("a_t1", "a", reference, reference)], SETTINGS | options)
+        evaluate_cases(to_read(case("a_t1", "a", reference, reference)), SETTINGS | options)
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_side_by_side_predictions_and_figures_are_the_same_to_the_byte(
+    series, tmp_path, monkeypatch, make_graph, backend
+):
+    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    data, graph, found = model_input(series), make_graph((64, 64)), []
+    for workers in (Workers(workers=1), Workers(backend, 2)):
+        predictions = SeriesStore(tmp_path / workers.backend / str(workers.workers))
+        work = prediction_work(partial(OnnxNetwork, graph), "weights", "network", data, series, SETTINGS)
+        assert predictions.update(work, workers=workers).made == ["1_t1", "2_t1"]
+        evaluated = evaluate_cases(predicted_cases(data.manifest, series, predictions), SETTINGS, workers=workers)
+        files = [path for path in sorted(predictions.root.rglob("*")) if path.is_file()]
+        found.append(([path.read_bytes() for path in files], evaluated))
+    (files, one_by_one), (files_side_by_side, side_by_side) = found
+    assert files_side_by_side == files and len(files) == 2 * 5
+    for name in ("by_slice", "by_case", "by_class", "intervals"):
+        pd.testing.assert_frame_equal(getattr(side_by_side, name), getattr(one_by_one, name), check_exact=True)
+    assert side_by_side.confusion.tolist() == one_by_one.confusion.tolist()
+    assert side_by_side.reliability.tolist() == one_by_one.reliability.tolist()
+
+
+def test_a_net_that_onnx_lacks_is_computed_in_this_process(series, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    caplog.set_level("INFO", logger="lumbarflow")
+    net, predictions = GreyIsClass(), SeriesStore(tmp_path / "predictions")
+    work = prediction_work(lambda: net, "weights", "network", model_input(series), series, SETTINGS)
+    assert predictions.update(work, "predict", workers=Workers("loky", 2)).made == ["1_t1", "2_t1"]
+    assert caplog.messages[0].startswith(
+        "predict: in this process alone, others cannot be sent it (PicklingError: ONNX"
+    )
+    assert net.slices
+
+
+def test_a_case_that_cannot_be_scored_is_named():
+    reference, _ = blocks()
+    cases = to_read(case("a_t1", "a", reference, reference), case("b_t1", "b", reference, reference[:1]))
+    with pytest.raises(parallel.WorkFailed, match=r"^score: 1 of 2 cases failed \(b_t1: ValueError: "):
+        evaluate_cases(cases, SETTINGS)

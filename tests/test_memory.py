@@ -47,6 +47,7 @@ print(peak)
 
 EVALUATION = """
 import sys
+from functools import partial
 from pathlib import Path
 import numpy as np
 from lumbarflow.evaluation import Case, evaluate_cases
@@ -58,17 +59,16 @@ settings = {
 }
 peak = 0
 
-def cases(count):
+def read(i):
     global peak
-    for i in range(count):
-        # 2.7 MiB of classes and a histogram of distances of 1 MiB a case.
-        reference = np.zeros((20, 288, 256), np.uint8)
-        reference[:, 20 + i : 60 + i, 40:90], reference[:, 150:250, 120:140], reference[:, 70:90, 40:90] = 1, 2, 3
-        yield Case(str(i), str(i), reference, np.roll(reference, 100, axis=2), (4.0, 1.0, 1.0), np.arange(20))
-        text = Path("/proc/self/status").read_text()
-        peak = max(peak, int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]))
+    text = Path("/proc/self/status").read_text()
+    peak = max(peak, int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]))
+    # 2.7 MiB of classes and a histogram of distances of 1 MiB a case.
+    reference = np.zeros((20, 288, 256), np.uint8)
+    reference[:, 20 + i : 60 + i, 40:90], reference[:, 150:250, 120:140], reference[:, 70:90, 40:90] = 1, 2, 3
+    return Case(str(i), str(i), reference, np.roll(reference, 100, axis=2), (4.0, 1.0, 1.0), np.arange(20))
 
-evaluated = evaluate_cases(cases(int(sys.argv[2])), settings)
+evaluated = evaluate_cases({str(i): partial(read, i) for i in range(int(sys.argv[2]))}, settings)
 assert evaluated.by_case["series"].nunique() == int(sys.argv[2])
 print(peak)
 """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +113,7 @@ def test_cores_are_shared_out(monkeypatch):
 
 def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):
     monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.5)
+    monkeypatch.setattr(parallel._Processes, "_used", -math.inf)
 
     def whose(name, seconds):
         time.sleep(seconds)
@@ -119,6 +122,8 @@ def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):
     assert [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0, "c": 0}, "wait")] == [os.getpid()] * 3
     processes = [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0.6, "c": 0}, "wait")]
     assert processes[:2] == [os.getpid()] * 2 and processes[2] != os.getpid()
+    # Now they are there.
+    assert os.getpid() not in [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0}, "wait")]
 
 
 def test_what_cannot_be_sent_is_done_here(caplog):
@@ -226,7 +231,7 @@ def test_failures_are_named():
         raise_failures(failures, 9, "predict", "scans")
     assert str(caught.value) == (
         "predict: 5 of 9 scans failed (1_t2: ValueError: 1; 2_t2: ValueError: 2; 3_t2: ValueError: 3; ...); the others "
-        "are done. Mend or remove what failed, and give the same command again: it goes on from there."
+        "did not. Mend or remove what failed, and give the same command again."
     )
     assert caught.value.__notes__ == ["line 1"]
 
@@ -253,3 +258,83 @@ def test_settings_are_checked(settings, message):
 def test_no_outcomes_of_nothing():
     assert list(PROCESSES.run(times_ten, {}, "count")) == []
     assert Outcome("a").failure is None
+
+
+def test_dask_has_to_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ValueError, match=r"Dask is not installed; run: pip install 'lumbarflow\[dask\]'"):
+        list(Workers("dask", 3).run(times_ten, {"1_t2": 1}, "count"))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "somewhere"])
+def test_a_scheduler_that_does_not_answer_is_named(address):
+    with pytest.raises(ValueError, match=f"parallel.scheduler is '{address}', and nothing answers there"):
+        list(Workers("dask", scheduler=address).run(times_ten, {"1_t2": 1}, "count"))
+
+
+@pytest.fixture(scope="module")
+def dask_address() -> Iterator[str]:
+    """A cluster of two workers that somebody else has started."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=logging.CRITICAL
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.integration
+def test_a_killed_worker_of_a_dask_cluster_costs_nothing(dask_address, tmp_path, monkeypatch):
+    """Killed from outside, with a series half written."""
+
+    def make(number):
+        def wait_for_the_end(path):
+            path.write_text("half")
+            if number == 2 and not (tmp_path / "pid").exists():
+                (tmp_path / "pid.new").write_text(str(os.getpid()))
+                (tmp_path / "pid.new").rename(tmp_path / "pid")
+                time.sleep(60)
+            path.write_text("whole")
+
+        return files_of(number) | {"notes.txt": wait_for_the_end}
+
+    def kill():
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    monkeypatch.chdir(tmp_path)  # the cluster's workers are elsewhere
+    numbers = [1, 2, 3, 5, 6, 7, 8]
+    work = {f"{n}_t2": Work(str(n), partial(make, n)) for n in numbers}
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    update = SeriesStore("many").update(work, workers=Workers("dask", scheduler=dask_address))
+    killer.join(timeout=10)
+    assert not killer.is_alive() and update.made == [f"{n}_t2" for n in numbers] and not update.failed
+    SeriesStore("one").update(work, workers=ONE)
+    assert digests(tmp_path / "many") == digests(tmp_path / "one") and len(digests(tmp_path / "one")) == 4 * 7
+
+
+@pytest.mark.integration
+def test_on_dask_a_failure_is_one_items_own(dask_address, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lumbarflow")
+    workers = Workers("dask", scheduler=dask_address)
+    found = {outcome.name: outcome for outcome in workers.run(times_ten, {f"{n}_t2": n for n in (1, 2, 3)}, "count")}
+    assert (found["1_t2"].result, found["2_t2"].result, found["3_t2"].result) == (10, 20, None)
+    assert found["3_t2"].failure.reason == "ValueError: three is too many"
+    assert sorted(caplog.messages) == ["1_t2 has 1", "2_t2 has 2"]
+    # Dask gives up on what has killed four workers.
+    items = {"a": 1, "b": 0, "c": 3}
+    outcomes = {outcome.name: outcome for outcome in workers.run(partial(kill_once, str(tmp_path)), items, "count")}
+    assert outcomes["b"].failure.reason.startswith("its worker was killed each time")
+    assert (outcomes["a"].result, outcomes["c"].result) == (1, 3)
+
+
+@pytest.mark.integration
+def test_without_an_address_dask_has_a_cluster_here():
+    def where(name, item):
+        return os.getpid(), cores()
+
+    outcomes = Workers("dask", 2).run(where, dict.fromkeys("abcd"), "count", ordered=True)
+    processes, threads = zip(*(outcome.result for outcome in outcomes), strict=True)
+    assert os.getpid() not in processes and threads == (1, 1, 1, 1)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from lumbarflow import prediction
+from lumbarflow import parallel, prediction
 from lumbarflow.imaging import LabelMap, Volume, VolumeError, read_volume, to_sagittal, write_volume
 from lumbarflow.inference import Segmenter
+from lumbarflow.onnx_network import OnnxNetwork
+from lumbarflow.parallel import Workers
 from lumbarflow.phantom import plan_cohort, render
 from lumbarflow.prediction import PredictionFolder, plan_predictions, segment_volume, tables
 from lumbarflow.scans import find_scans
@@ -69,13 +71,13 @@ def synthetic_series():
     return plan, *render(plan, settings)
 
 
-def run(scans_folder, output, segmenter, model="net 1", digest="1", **changes):
+def run(scans_folder, output, segmenter, model="net 1", digest="1", workers=None, **changes):
     """Plan and do the work, as the pipeline's datasets do; returns the folder, the tables and what was planned."""
     settings = SETTINGS | changes
     folder = PredictionFolder(output)
     sources = find_scans(scans_folder, output)
     work, index = plan_predictions(sources, segmenter, model, digest, folder, settings)
-    update = folder.update(work, keep_others=True)
+    update = folder.update(work, "predict", keep_others=True, workers=workers)
     return folder, *tables(folder, index), update
 
 
@@ -109,6 +111,32 @@ def test_masks_lie_on_the_scans_own_grids_in_their_own_formats(scans_folder, tmp
         assert row["outcome"] == "segmented" and row["model"] == "net 1"
     assert list(rows.columns) == list(prediction.COLUMNS)
     assert measured.empty
+
+
+@pytest.mark.parametrize("backend", ["threading", "loky"])
+def test_side_by_side_masks_are_the_same_to_the_byte(scans_folder, tmp_path, make_graph, monkeypatch, backend):
+    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    (scans_folder / "broken.mha").write_bytes((scans_folder / "clinic/b.mha").read_bytes()[:-30])
+    segmenter, found = Segmenter(OnnxNetwork(make_graph((16, 12))), NET), []
+    for workers in (Workers(workers=1), Workers(backend, 2)):
+        output = tmp_path / f"masks-{len(found)}"
+        folder, rows, measured, update = run(
+            scans_folder, output, segmenter, workers=workers, measurements=True, preview=True
+        )
+        assert (sorted(update.made), update.failed) == (["a", "c", "clinic/b"], ["broken"])
+        files = {path.relative_to(output): path for path in output.rglob("*") if path.is_file()}
+        contents = {name: path.read_bytes() for name, path in files.items() if path.suffix != ".json"}
+        # How long it took is told too.
+        found.append((contents, rows.drop(columns="seconds").to_csv(), measured.to_csv()))
+    assert found[1] == found[0] and len(found[0][0]) == 3 * 3
+
+
+def test_a_net_that_onnx_lacks_stays_in_this_process(scans_folder, tmp_path, segmenter, monkeypatch, caplog):
+    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    caplog.set_level("INFO", logger="lumbarflow")
+    *_, update = run(scans_folder, tmp_path / "masks", segmenter, workers=Workers("loky", 2))
+    assert len(update.made) == 3
+    assert "predict: in this process alone, others cannot be sent it (PicklingError: ONNX Runtime" in caplog.messages[0]
 
 
 def test_a_bad_scan_is_reported_and_the_others_go_on(scans_folder, tmp_path, segmenter):
@@ -306,6 +334,8 @@ def test_instances_and_measurements_of_a_phantom(tmp_path, synthetic_series):
     sagittal_truth, _ = to_sagittal(truth)
 
     class Truth:
+        model = None
+
         def segmentation(self, slices, spacing, disagreement=None):
             from lumbarflow.inference import Segmentation
             from lumbarflow.labels import LabelTable

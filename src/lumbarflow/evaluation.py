@@ -8,7 +8,9 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import pickle
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,8 @@ from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.inference import Segmenter
 from lumbarflow.labels import FOREGROUND
 from lumbarflow.model_input import PREDICTION, SIDES, ModelInput
+from lumbarflow.onnx_network import OnnxNetwork
+from lumbarflow.parallel import Workers, raise_failures
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
 from lumbarflow.store import RECORD, SeriesStore, Work
@@ -126,36 +130,57 @@ def prediction_work(
     """
     segmenter_settings = model_input.segmenter_settings(settings)
     code = _prediction_code()
-    loaded: list[Segmenter] = []
-
-    def predict(name: str) -> dict[str, Any]:
-        if not loaded:
-            loaded.append(Segmenter(load_network(), segmenter_settings))
-        image, reference = series.volume(name, "image.mha"), series.label_map(name, "labels.mha").array
-        column, row, _ = image.spacing_mm
-        labels, overlaps, entropies, reliabilities, start = [], [], [], [], 0
-        for batch in loaded[0].batches(image.array, (row, column)):
-            truth = reference[start : start + len(batch)]
-            labels.append(batch.argmax(axis=-1).astype(np.uint8))
-            overlaps.append(metrics.soft_overlap(truth, batch))
-            entropies.append(uncertainty.entropy_sums(labels[-1], batch))
-            reliabilities.append(uncertainty.reliability_counts(truth, batch))
-            start += len(batch)
-        record = series.record(name)
-        stored = Orientation.from_dict(record["orientation"]).restore(np.concatenate(labels))
-        return {
-            LABELS: LabelMap(stored, **record["geometry"]),
-            SOFT_OVERLAP: np.concatenate(overlaps),
-            ENTROPY: np.concatenate(entropies),
-            RELIABILITY: np.concatenate(reliabilities),
-            RECORD: {"model": weights},
-        }
+    predict = partial(_predict, _OneSegmenter(load_network, segmenter_settings), series, weights)
 
     def key(name: str) -> str:
         return value_digest([code, series.record(name)["key"], weights, network, segmenter_settings])
 
     names = sorted(_slices_of_side(model_input.manifest, side))
     return {name: Work(key(name), partial(predict, name)) for name in names}
+
+
+class _OneSegmenter:
+    """The Segmenter of all series, made when the first needs it. To a worker goes the net's graph with each series."""
+
+    def __init__(self, load_network: Callable[[], Any], settings: Mapping[str, Any]):
+        self._load_network, self._settings = load_network, settings
+        self._made: Segmenter | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Segmenter:
+        with self._lock:
+            if self._made is None:
+                self._made = Segmenter(self._load_network(), self._settings)
+        return self._made
+
+    def __reduce__(self) -> tuple:
+        if not isinstance(network := self().model, OnnxNetwork):
+            raise pickle.PicklingError("ONNX Runtime does not compute this net")
+        return Segmenter, (network, self._settings)
+
+
+def _predict(segmenter: _OneSegmenter | Segmenter, series: SeriesStore, weights: str, name: str) -> dict[str, Any]:
+    if isinstance(segmenter, _OneSegmenter):
+        segmenter = segmenter()
+    image, reference = series.volume(name, "image.mha"), series.label_map(name, "labels.mha").array
+    column, row, _ = image.spacing_mm
+    labels, overlaps, entropies, reliabilities, start = [], [], [], [], 0
+    for batch in segmenter.batches(image.array, (row, column)):
+        truth = reference[start : start + len(batch)]
+        labels.append(batch.argmax(axis=-1).astype(np.uint8))
+        overlaps.append(metrics.soft_overlap(truth, batch))
+        entropies.append(uncertainty.entropy_sums(labels[-1], batch))
+        reliabilities.append(uncertainty.reliability_counts(truth, batch))
+        start += len(batch)
+    record = series.record(name)
+    stored = Orientation.from_dict(record["orientation"]).restore(np.concatenate(labels))
+    return {
+        LABELS: LabelMap(stored, **record["geometry"]),
+        SOFT_OVERLAP: np.concatenate(overlaps),
+        ENTROPY: np.concatenate(entropies),
+        RELIABILITY: np.concatenate(reliabilities),
+        RECORD: {"model": weights},
+    }
 
 
 def _prediction_code() -> str:
@@ -173,8 +198,8 @@ def predicted_cases(
     predictions: SeriesStore,
     entry: Callable[[str], str] = str,
     side: str = "test",
-) -> Iterator[Case]:
-    """The cases of one side of a model input, one at a time; that side's slices are what counts of them.
+) -> dict[str, Callable[[], Case]]:
+    """The cases of one side of a model input, to be read one at a time; that side's slices are what counts of them.
 
     Args:
         manifest: of the model input; its sides name series and slices.
@@ -182,8 +207,10 @@ def predicted_cases(
         entry: series -> its entry's name in `predictions`.
         side: one of `model_input.SIDES`.
     """
-    for name, tested in track(sorted(_slices_of_side(manifest, side).items()), "score", "cases"):
-        yield read_case(series, predictions, name, entry(name), tested)
+    return {
+        name: partial(read_case, series, predictions, name, entry(name), tested)
+        for name, tested in sorted(_slices_of_side(manifest, side).items())
+    }
 
 
 def _slices_of_side(manifest: Mapping[str, Any], side: str) -> dict[str, list[int]]:
@@ -217,41 +244,78 @@ def read_case(
     )
 
 
-def evaluate_cases(cases: Iterable[Case], settings: Mapping[str, Any], ceiling: np.ndarray | None = None) -> Evaluation:
-    """Score cases one at a time; memory does not grow with their number, but for a few rows a slice.
+def evaluate_cases(
+    cases: Mapping[str, Callable[[], Case]],
+    settings: Mapping[str, Any],
+    ceiling: np.ndarray | None = None,
+    workers: Workers | None = None,
+) -> Evaluation:
+    """Score cases, each worker one at a time; memory does not grow with their number, but for a few rows a slice.
 
     Args:
-        cases: at least one.
+        cases: name -> what reads the case; at least one.
         settings: SETTINGS.
         ceiling: confusion matrix of the references against themselves, resampled to the net's size and back.
+        workers: who scores; None for this process alone. The sums are taken in the order of the cases in any case, so
+            that the figures are the same to the last bit.
+    Raises:
+        parallel.WorkFailed: a case could not be read or scored.
     """
     check_names(settings, SETTINGS, "evaluation")
     nothing = metrics.Pooled.of_nothing(settings["metrics"]["nsd_tolerances_mm"])
-    scored, patients, pooled, entropies = {}, {}, nothing, {}
+    scored, patients, pooled, entropies, failures = {}, {}, nothing, {}, {}
     reliability = np.zeros((len(FOREGROUND), uncertainty.BINS, 3))
-    for case in cases:
-        scores = metrics.score_case(
-            case.reference,
-            case.prediction,
-            case.spacing_mm,
-            settings["metrics"],
-            tested=case.tested,
-            soft=case.soft_overlap,
-        )
-        pooled += scores.pooled
+    outcomes = (workers or Workers(workers=1)).run(partial(_score, settings), cases, "score", ordered=True)
+    for outcome in track(outcomes, "score", "cases"):
+        if outcome.failure:
+            failures[outcome.name] = outcome.failure
+            continue
+        case = outcome.result
+        pooled += case.scores.pooled
         # Only the rows are kept: the histograms of all cases would be what grows most.
-        scored[case.series] = (case.patient, replace(scores, pooled=nothing))
-        patients[case.patient] = patients.get(case.patient, 0) + scores.pooled.confusion
+        scored[case.series] = (case.patient, replace(case.scores, pooled=nothing))
+        patients[case.patient] = patients.get(case.patient, 0) + case.scores.pooled.confusion
         if case.entropy is not None:
-            entropies[case.series] = uncertainty.mean_entropy(case.entropy[case.tested])
+            entropies[case.series] = case.entropy
         if case.reliability is not None:
-            reliability += case.reliability[case.tested].sum(axis=0)
+            reliability += case.reliability
+    raise_failures(failures, len(cases), "score", "cases")
     by_slice, by_case = metrics.table_by_slice(scored), metrics.table_by_case(scored)
     of = zip(by_case["series"], by_case["class"], strict=True)
     by_case["entropy"] = [entropies.get(series, {}).get(name, np.nan) for series, name in of]
     by_class = metrics.table_by_class(by_slice, by_case, pooled, ceiling)
     intervals = _intervals(by_case, patients, settings)
     return Evaluation(by_slice, by_case, by_class, intervals, pooled.confusion, reliability)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What is kept of a case: `metrics.score_case`, `uncertainty.mean_entropy` and the sum of its reliability."""
+
+    series: str
+    patient: str
+    scores: metrics.CaseScores
+    entropy: dict[str, float] | None
+    reliability: np.ndarray | None
+
+
+def _score(settings: Mapping[str, Any], name: str, read: Callable[[], Case]) -> _Scored:
+    case = read()
+    scores = metrics.score_case(
+        case.reference,
+        case.prediction,
+        case.spacing_mm,
+        settings["metrics"],
+        tested=case.tested,
+        soft=case.soft_overlap,
+    )
+    return _Scored(
+        case.series,
+        case.patient,
+        scores,
+        None if case.entropy is None else uncertainty.mean_entropy(case.entropy[case.tested]),
+        None if case.reliability is None else case.reliability[case.tested].sum(axis=0),
+    )
 
 
 def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> pd.DataFrame:

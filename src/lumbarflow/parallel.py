@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import logging.handlers
+import math
 import pickle
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -39,6 +41,7 @@ ALL, LOCAL = "all", "local"
 
 # Processes take this long to start and import what they need; what is done sooner is done without them.
 SECONDS_BEFORE_PROCESSES = 3.0
+_SECONDS_TO_ANSWER = 10
 # Then idle processes give their memory back.
 _SECONDS_IDLE = 60
 
@@ -144,7 +147,7 @@ class Workers:
         return core_count() if self.workers == ALL else self.workers
 
     def _side_by_side(self, function: Callable, waiting: deque, description: str) -> Iterator[Outcome]:
-        if self.backend == "loky":
+        if self.backend == "loky" and not _Processes.are_there():
             start = time.monotonic()
             while waiting and time.monotonic() - start < SECONDS_BEFORE_PROCESSES:
                 yield _outcome(function, *waiting.popleft())
@@ -242,8 +245,14 @@ class _Threads:
 class _Processes:
     """Processes of this machine; they stay for a while, for the next step's series."""
 
+    _used = -math.inf  # when they had work the last time
+
     def __init__(self, count: int):
         self._count = count
+
+    @classmethod
+    def are_there(cls) -> bool:
+        return time.monotonic() - cls._used < _SECONDS_IDLE / 2
 
     def _executor(self) -> Any:
         from joblib.externals.loky import get_reusable_executor
@@ -262,10 +271,11 @@ class _Processes:
         return self._executor().submit(_in_process, work, cores_each(self._count), _level())
 
     def close(self) -> None:
-        pass
+        type(self)._used = time.monotonic()
 
     def stop(self, in_hand: Iterable[Future]) -> None:
         self._executor().shutdown(wait=True, kill_workers=True)
+        type(self)._used = -math.inf
 
 
 class _Dask:
@@ -296,18 +306,28 @@ def _dask_client(scheduler: str, count: int) -> Any:
     """One for all steps of a run; Dask closes it with the process."""
     try:
         from distributed import Client, LocalCluster
+        from distributed.comm import get_address_host_port
     except ImportError as error:
         raise ValueError(
             "parallel.backend is dask, and Dask is not installed; run: pip install 'lumbarflow[dask]'"
         ) from error
+    # It tells of every worker that comes and goes.
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     if scheduler == LOCAL:
         # No dashboard, which would listen on a port; no limit of memory, at which Dask kills a worker.
         cluster = LocalCluster(
-            n_workers=count, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=0
+            n_workers=count,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=0,
+            silence_logs=logging.ERROR,
         )
         return Client(cluster, set_as_default=False)
     try:
-        return Client(scheduler, set_as_default=False)
+        # A client that finds nobody would go on looking for him, long after it said so.
+        socket.create_connection(get_address_host_port(scheduler), timeout=_SECONDS_TO_ANSWER).close()
+        return Client(scheduler, set_as_default=False, timeout=_SECONDS_TO_ANSWER)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"parallel.scheduler is {scheduler!r}, and nothing answers there ({error}); expected the address of a Dask "
@@ -332,8 +352,8 @@ def raise_failures(failures: Mapping[str, Failure], total: int, description: str
     shown = [f"{name}: {failure.reason}" for name, failure in failures.items()]
     reasons = "; ".join([*shown[:3], *(["..."] if shown[3:] else [])])
     error = WorkFailed(
-        f"{description}: {len(failures)} of {counted(total, unit)} failed ({reasons}); the others are done. Mend or "
-        "remove what failed, and give the same command again: it goes on from there."
+        f"{description}: {len(failures)} of {counted(total, unit)} failed ({reasons}); the others did not. Mend or "
+        "remove what failed, and give the same command again."
     )
     error.add_note(next(iter(failures.values())).traceback)
     raise error

@@ -31,6 +31,8 @@ from lumbarflow.imaging import LabelMap, Orientation, Volume, VolumeError, to_sa
 from lumbarflow.inference import Segmentation, Segmenter
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.measurements import Measurement
+from lumbarflow.onnx_network import OnnxNetwork
+from lumbarflow.parallel import StaysHere
 from lumbarflow.parameters import check_names
 from lumbarflow.scans import DICOM, ScanImage, ScanSource
 from lumbarflow.store import RECORD, SeriesStore, Work
@@ -257,6 +259,9 @@ def plan_predictions(
         *(augmentation, imaging, inference, instances, intensity, measurements, onnx_network, resampling, scans),
         uncertainty,
     )
+    predict = predict_scan
+    if not isinstance(segmenter.model, OnnxNetwork):
+        predict = StaysHere(predict_scan, "ONNX Runtime does not compute this net")
     # Whether outputs may be overwritten says nothing about what is in them.
     asked = {name: value for name, value in settings.items() if name != "overwrite"}
     work, index = {}, []
@@ -266,7 +271,7 @@ def plan_predictions(
         if not (folder.is_made_by(source.name, key) or settings["overwrite"]):
             row |= _in_the_way(source, folder, model, settings)
         if not row["found"]:
-            work[source.name] = Work(key, partial(predict_scan, source, segmenter, model, settings))
+            work[source.name] = Work(key, partial(predict, source, segmenter, model, settings))
         index.append(row)
     return work, index
 

@@ -120,7 +120,7 @@ def test_scoring_tells_how_far_probabilities_and_entropy_can_be_believed(predict
     metrics = {"nsd_tolerances_mm": [1.0], "detection_iou": 0.1, "minimum_component_mm3": 0.0}
     settings = EVALUATION | {"metrics": metrics, "intervals": {"samples": 5, "seed": 0}}
     with caplog.at_level("INFO"):
-        scored = score_cases(predictions, series, prepared, model_input, settings, PROTOCOL)
+        scored = score_cases(predictions, series, prepared, model_input, settings, PROTOCOL, {"workers": 1})
     by_case, reliability, reliability_csv, confusion, summary = scored[1], *scored[7:]
     assert reliability.equals(reliability_csv)
     # The canal's 16 pixels in each case get 0.95, 0.85 and 0.75, and all are canal; the 80 others get a third of the

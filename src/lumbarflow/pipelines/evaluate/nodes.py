@@ -15,6 +15,7 @@ from lumbarflow.inference import Segmenter
 from lumbarflow.labels import CLASSES
 from lumbarflow.model_input import ModelInput
 from lumbarflow.paper_protocol import paper_scores
+from lumbarflow.parallel import Workers
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
 from lumbarflow.provenance import check_training
@@ -49,6 +50,7 @@ def score_cases(
     model_input: ModelInput,
     settings: dict[str, Any],
     protocol: dict[str, Any],
+    parallel: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Compare predictions with references, over the test slices.
 
@@ -58,7 +60,8 @@ def score_cases(
     manifest = model_input.manifest
     test = manifest["sides"]["test"]
     ceiling = sum(np.array(prepared.record(name)["ceiling"])[slices].sum(axis=0) for name, slices in test.items())
-    evaluated = evaluation.evaluate_cases(evaluation.predicted_cases(manifest, series, predictions), settings, ceiling)
+    cases = evaluation.predicted_cases(manifest, series, predictions)
+    evaluated = evaluation.evaluate_cases(cases, settings, ceiling, Workers.of(parallel))
     by_class = evaluated.by_class
     mean = metrics.mean_foreground_dice(evaluated.confusion)
     reliability = uncertainty.reliability_table(evaluated.reliability)

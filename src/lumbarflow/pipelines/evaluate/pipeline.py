@@ -24,6 +24,7 @@ def create_pipeline(**kwargs) -> Pipeline:
                     "model_input",
                     "params:evaluation",
                     "params:paper_protocol",
+                    "params:parallel",
                 ],
                 outputs=[
                     "metrics_by_slice",

@@ -111,7 +111,7 @@ def score_external(
 ) -> tuple[pd.DataFrame, ...]:
     """Score the masks: by slice; by case, by class and intervals, each twice (for machines and for people)."""
     names = report.loc[report["outcome"] == ACCEPTED, "series"]
-    cases = (evaluation.read_case(series, predictions, name) for name in names)
+    cases = {name: partial(evaluation.read_case, series, predictions, name) for name in names}
     evaluated = evaluation.evaluate_cases(cases, evaluation_settings)
     tables = (evaluated.by_slice, evaluated.by_case, evaluated.by_class, evaluated.intervals)
     for table in tables:

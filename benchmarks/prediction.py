@@ -1,6 +1,6 @@
 """How long a scan takes from file to file, and where the time goes: 20 slices of 640 x 512, masks only, model loaded.
 
-    python benchmarks/prediction.py [--size 256] [--rounds 5] [--model FILE.keras]
+    python benchmarks/prediction.py [--size 256] [--rounds 5] [--model FILE.keras] [--whole]
 
 Each stage, ONNX Runtime as in the product, Keras in float32 and in bfloat16, and batch sizes take turns.
 Shown are the fastest and the median round: a scheduler may keep both threads on one core for a whole round, so the
@@ -74,10 +74,12 @@ class Bench:
     def whole(self, segmenter: Segmenter) -> None:
         write_volume(segmenter.segment(read_volume(self.scan)), self.mask)
 
-    def round(self) -> None:
-        times, ours = self.times, self.segmenters[ONNX]
+    def file_to_file(self) -> None:
         for name, segmenter in self.segmenters.items():
-            times(f"file to file, {name}", partial(self.whole, segmenter))
+            self.times(f"file to file, {name}", partial(self.whole, segmenter))
+
+    def stages(self) -> None:
+        times, ours = self.times, self.segmenters[ONNX]
         volume = times("  read", partial(read_volume, self.scan))
         sagittal, orientation = to_sagittal(volume)
         times(
@@ -109,11 +111,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--whole", action="store_true", help="file to file alone, by ONNX Runtime and Keras in float32")
     arguments = parser.parse_args()
     load_keras()
     weights = load_model(arguments.model).get_weights() if arguments.model else None
     nets = {f"Keras {name}": untrained(arguments.size, name, weights) for name in ("float32", "mixed_bfloat16")}
-    nets = {ONNX: for_inference(nets[KERAS])} | nets
+    nets = {ONNX: for_inference(nets[KERAS])} | ({KERAS: nets[KERAS]} if arguments.whole else nets)
     settings = yaml.safe_load((CONF / "parameters_preprocess.yml").read_text())["preprocess"]
     settings = {name: settings[name] for name in ("keep_aspect", "normalisation", "percentiles")}
     settings |= {"size": [arguments.size] * 2, "batch_size": 8}
@@ -136,11 +139,14 @@ def main() -> None:
 
         bench = Bench(segmenters, scan, mask)
         for _ in range(arguments.rounds):
-            bench.round()
+            bench.file_to_file()
+            if not arguments.whole:
+                bench.stages()
     print(f"\n{SHAPE[0]} slices of {SHAPE[1]} x {SHAPE[2]} by a net of {arguments.size} x {arguments.size}")
     print(f"{'':<52} {'fastest':>9} {'median':>9}")
     bench.times.print()
-    ours, theirs = (bench.times.seconds[f"  net, {name}, batches of 8"] for name in (ONNX, KERAS))
+    what = "file to file, {}" if arguments.whole else "  net, {}, batches of 8"
+    ours, theirs = (bench.times.seconds[what.format(name)] for name in (ONNX, KERAS))
     ratios = [other / one for one, other in zip(ours, theirs, strict=True)]
     print(f"{KERAS} / {ONNX}: fastest {min(theirs) / min(ours):.2f}, median {statistics.median(ratios):.2f}")
 

@@ -40,7 +40,7 @@ SETTINGS = ("backend", "workers", "scheduler")
 ALL, LOCAL = "all", "local"
 
 # Processes take this long to start and import what they need; what is done sooner is done without them.
-SECONDS_BEFORE_PROCESSES = 3.0
+SECONDS_BEFORE_PROCESSES = 2.0
 _SECONDS_TO_ANSWER = 10
 # Then idle processes give their memory back.
 _SECONDS_IDLE = 60
@@ -309,7 +309,7 @@ def _dask_client(scheduler: str, count: int) -> Any:
         from distributed.comm import get_address_host_port
     except ImportError as error:
         raise ValueError(
-            "parallel.backend is dask, and Dask is not installed; run: pip install 'lumbarflow[dask]'"
+            "parallel.backend is dask, and Dask is not installed; run: pip install -c constraints.txt -e '.[dask]'"
         ) from error
     # It tells of every worker that comes and goes.
     logging.getLogger("distributed").setLevel(logging.ERROR)

@@ -314,7 +314,7 @@ def tables_of_figures() -> dict[str, list[str]]:
     settings = configuration("base")["parameters"]
     reference = np.repeat(np.arange(4, dtype=np.uint8), 4).reshape(2, 2, 4)
     case = evaluation.Case("1_t2", "1", reference, reference, (4.0, 1.0, 1.0), np.arange(2))
-    scored = evaluation.evaluate_cases([case], settings["evaluation"])
+    scored = evaluation.evaluate_cases({case.series: lambda: case}, settings["evaluation"])
     paper = paper_protocol.paper_scores([(reference, np.eye(4)[reference])], settings["paper_protocol"])
     found = {
         "metrics_by_slice": scored.by_slice,

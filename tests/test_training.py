@@ -199,7 +199,7 @@ def test_cosine_schedule_ends_at_0(run):
 def test_each_epoch_is_one_log_line(run):
     first, *epochs = run["lines"]
     assert "training modified_unet" in first
-    assert "on 5 slices, validation on 3, size [16, 24]" in first
+    assert "on 5 slices, validation on 3, of 16 x 24 pixels" in first
     assert [line.split(":")[0] for line in epochs] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
 
 

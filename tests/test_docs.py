@@ -265,13 +265,17 @@ def _reached(tree: ast.Module, name: str) -> Iterator[ast.AST]:
         targets = node.targets if isinstance(node, ast.Assign) else [node]
         named |= {getattr(target, "id", getattr(target, "name", "")): node for target in targets}
     assert name in named, f"{name}: no such test"
-    seen, waiting = set(), [name]
+    seen, waiting = set(), [name, "pytestmark"]
     while waiting:
         if (current := waiting.pop()) in named and current not in seen:
             seen.add(current)
             for node in ast.walk(named[current]):
                 waiting.append(getattr(node, "id", getattr(node, "arg", None)))
                 yield node
+
+
+# By any of these a test, or its whole file, can be kept from running in CI.
+_NOT_ALWAYS = {"skip", "skipif", "importorskip", "xfail", "container"}
 
 
 def _given_by(test: str) -> set[str]:
@@ -282,7 +286,8 @@ def _given_by(test: str) -> set[str]:
         return {command for block in blocks() if block.is_run_here for command in block.commands}
     nodes = list(_reached(ast.parse((ROOT / file).read_text()), name))
     given = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert not {"skip", "skipif", "xfail"} & {getattr(node, "attr", "") for node in nodes}, f"{test} is not always run"
+    words = {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
+    assert not _NOT_ALWAYS & words, f"{test} is not always run"
     for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             words = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
@@ -318,11 +323,21 @@ def test_a_test_that_gives_a_command_gives_it_itself(tmp_path, monkeypatch):
         "RUN = 'kedro viz run'\ndef ready(kedro_run):\n    kedro_run('fit')\n"
         "def test_a(ready):\n    assert RUN\ndef test_b(kedro_run):\n    kedro_run('tune')\n"
         "@pytest.mark.skip\ndef test_c():\n    pass\n"
+        "def test_e():\n    skip('never')\ndef test_f():\n    pytest.importorskip('antigravity')\n"
+        "@pytest.mark.container\ndef test_g():\n    pass\n"
     )
+    (tmp_path / "test_y.py").write_text("pytestmark = pytest.mark.skip\ndef test_h():\n    pass\n")
     assert _given_by("test_x.py::test_a") == {"kedro viz run", "fit", ".venv/bin/kedro run --pipeline=fit"}
     assert _given_by("test_x.py::test_b") == {"tune", ".venv/bin/kedro run --pipeline=tune"}
-    with pytest.raises(AssertionError, match="not always run"):
-        _given_by("test_x.py::test_c")
+    for test in (
+        "test_x.py::test_c",
+        "test_x.py::test_e",
+        "test_x.py::test_f",
+        "test_x.py::test_g",
+        "test_y.py::test_h",
+    ):
+        with pytest.raises(AssertionError, match=f"{test} is not always run"):
+            _given_by(test)
     with pytest.raises(AssertionError, match="no such test"):
         _given_by("test_x.py::test_d")
 

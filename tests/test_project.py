@@ -31,6 +31,13 @@ def in_a_process(code: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize("ci, stops", [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_what_is_not_there_fails_a_test_in_ci_alone(give_up, monkeypatch, ci, stops):
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(stops, match="no hammer"):
+        give_up("no hammer")
+
+
 @pytest.fixture(scope="module")
 def pipelines():
     from lumbarflow.pipeline_registry import register_pipelines

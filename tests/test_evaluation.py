@@ -306,7 +306,7 @@ def test_a_misspelt_setting_is_an_error():
 def test_side_by_side_predictions_and_figures_are_the_same_to_the_byte(
     series, tmp_path, monkeypatch, make_graph, backend
 ):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
     data, graph, found = model_input(series), make_graph((64, 64)), []
     for workers in (Workers(workers=1), Workers(backend, 2)):
         predictions = SeriesStore(tmp_path / workers.backend / str(workers.workers))
@@ -324,7 +324,7 @@ def test_side_by_side_predictions_and_figures_are_the_same_to_the_byte(
 
 
 def test_a_net_that_onnx_lacks_is_computed_in_this_process(series, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
     caplog.set_level("INFO", logger="lumbarflow")
     net, predictions = GreyIsClass(), SeriesStore(tmp_path / "predictions")
     work = prediction_work(lambda: net, "weights", "network", model_input(series), series, SETTINGS)

@@ -35,7 +35,7 @@ EACH = pytest.mark.parametrize("workers", [ONE, THREADS, PROCESSES], ids=["one",
 
 @pytest.fixture(autouse=True)
 def processes_at_once(monkeypatch):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
 
 
 def times_ten(name, item):
@@ -127,7 +127,7 @@ def test_sums_do_not_depend_on_the_number_of_blas_threads(workers):
 
 
 def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.5)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.5)
     monkeypatch.setattr(parallel._Processes, "_used", -math.inf)
 
     def whose(name, seconds):
@@ -135,8 +135,9 @@ def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):
         return os.getpid()
 
     assert [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0, "c": 0}, "wait")] == [os.getpid()] * 3
-    processes = [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0.6, "c": 0}, "wait")]
-    assert processes[:2] == [os.getpid()] * 2 and processes[2] != os.getpid()
+    # After b, 0.3 seconds each: the two that are left would take 0.6.
+    processes = [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0.6, "c": 0, "d": 0}, "wait")]
+    assert processes[:2] == [os.getpid()] * 2 and os.getpid() not in processes[2:]
     # Now they are there.
     assert os.getpid() not in [outcome.result for outcome in PROCESSES.run(whose, {"a": 0, "b": 0}, "wait")]
 

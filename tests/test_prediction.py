@@ -115,7 +115,7 @@ def test_masks_lie_on_the_scans_own_grids_in_their_own_formats(scans_folder, tmp
 
 @pytest.mark.parametrize("backend", ["threading", "loky"])
 def test_side_by_side_masks_are_the_same_to_the_byte(scans_folder, tmp_path, make_graph, monkeypatch, backend):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
     (scans_folder / "broken.mha").write_bytes((scans_folder / "clinic/b.mha").read_bytes()[:-30])
     segmenter, found = Segmenter(OnnxNetwork(make_graph((16, 12))), NET), []
     for workers in (Workers(workers=1), Workers(backend, 2)):
@@ -132,7 +132,7 @@ def test_side_by_side_masks_are_the_same_to_the_byte(scans_folder, tmp_path, mak
 
 
 def test_a_net_that_onnx_lacks_stays_in_this_process(scans_folder, tmp_path, segmenter, monkeypatch, caplog):
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
     caplog.set_level("INFO", logger="lumbarflow")
     *_, update = run(scans_folder, tmp_path / "masks", segmenter, workers=Workers("loky", 2))
     assert len(update.made) == 3

@@ -40,8 +40,9 @@ BACKENDS = ("loky", "threading", "dask")
 SETTINGS = ("backend", "workers", "scheduler")
 ALL, LOCAL = "all", "local"
 
-# Processes take this long to start and import what they need; what is done sooner is done without them.
-SECONDS_BEFORE_PROCESSES = 2.0
+# Processes take a second or two of every core to start and import what they need: what is left has to take longer than
+# this in one process, or is done in it.
+SECONDS_WORTH_PROCESSES = 4.0
 _SECONDS_TO_ANSWER = 10
 # Then idle processes give their memory back.
 _SECONDS_IDLE = 60
@@ -151,9 +152,12 @@ class Workers:
 
     def _side_by_side(self, function: Callable, waiting: deque, description: str) -> Iterator[Outcome]:
         if self.backend == "loky" and not _Processes.are_there():
-            start = time.monotonic()
-            while waiting and time.monotonic() - start < SECONDS_BEFORE_PROCESSES:
+            # What is left will take as long as what is done, item for item.
+            start, done, left = time.monotonic(), 0, 0.0
+            while waiting and left < SECONDS_WORTH_PROCESSES:
                 yield _outcome(function, *waiting.popleft())
+                done += 1
+                left = (time.monotonic() - start) / done * len(waiting)
         if not waiting:
             return
         if self.backend == "dask":

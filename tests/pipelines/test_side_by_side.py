@@ -15,7 +15,7 @@ WAYS = ({"workers": 1}, {"backend": "loky", "workers": 2}, {"backend": "threadin
 @pytest.fixture(autouse=True)
 def processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five small series would be done before any process is started."""
-    monkeypatch.setattr(parallel, "SECONDS_BEFORE_PROCESSES", 0.0)
+    monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.0)
 
 
 def digests(folder: Path) -> dict[str, str]:

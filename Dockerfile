@@ -5,7 +5,7 @@
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# Of pyproject.toml: gpu (CUDA and cuDNN come as wheels; the driver is the host's), dicom; several as gpu,dicom.
+# Of pyproject.toml: gpu (CUDA and cuDNN come as wheels; the driver is the host's), dicom, s3, kubeflow; several as gpu,dicom.
 ARG EXTRAS=""
 
 # Nobody is told of a run, nor of a program beside ours such as `mlflow`. GitPython: there is no git in here, and MLflow

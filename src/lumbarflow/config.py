@@ -48,8 +48,10 @@ def _is_no_absent_file(record: logging.LogRecord) -> bool:
 def project_path(name: str | int) -> str:
     """The absolute path of `name`, relative to the project's root from whichever of its folders Kedro is called.
 
-    `~` is the home folder; a folder named by a number arrives as one.
+    `~` is the home folder; a folder named by a number arrives as one; an address on another storage is left as it is.
     """
+    if "://" in str(name):
+        return str(name).rstrip("/")
     root = find_kedro_project(Path.cwd()) or Path.cwd()
     return Path(os.path.normpath(Path(root) / Path(str(name)).expanduser())).as_posix()
 

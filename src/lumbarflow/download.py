@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
-from lumbarflow.files import read_json, write_atomically, write_json
+from lumbarflow.files import PARTIAL, read_json, write_atomically, write_json
 from lumbarflow.imaging import split_volume_name
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import duration, track
@@ -504,7 +504,7 @@ def _unpack_archive(file: RecordFile, folder: Path, raw_dir: Path, limits: Mappi
             members = {name: [entry.file_size, entry.CRC] for name, entry in entries.items()}
             missing = _missing(members, file, raw_dir)
             _require(sum(entries[name].file_size for name in missing), raw_dir)
-            for left in (raw_dir / file.unpack).glob(".partial-*"):  # an interrupted run's
+            for left in (raw_dir / file.unpack).glob(f"{PARTIAL}*"):  # an interrupted run's
                 left.unlink()
             unchanged = len(members) - len(missing)
             for name in track(missing, f"unpack {file.name}", "volumes", done=unchanged):

@@ -15,6 +15,7 @@ from lumbarflow.backend import load_keras
 from lumbarflow.batches import SliceBatches
 from lumbarflow.checkpoint import Checkpoint
 from lumbarflow.devices import Devices
+from lumbarflow.files import PARTIAL
 from lumbarflow.networks import save_model
 from lumbarflow.progress import duration, track
 from lumbarflow.training_settings import TrainingSettings
@@ -37,7 +38,7 @@ def find_checkpoint(output: Path, key: str, code: Mapping[str, str]) -> Checkpoi
         ValueError: the folder holds another training's checkpoint, or a damaged one.
         OSError: it cannot be read.
     """
-    for left in output.glob(".partial-*"):
+    for left in output.glob(f"{PARTIAL}*"):
         left.unlink(missing_ok=True)
     path = output / CHECKPOINT
     found = Checkpoint.read(path)

@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
+# What is not yet whole is called so.
+PARTIAL = ".partial-"
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it; on any error nothing is left behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name keeps its ending: several writers choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.name, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.name, dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import re
 import time
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kedro.config import MissingConfigException
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline.node import Node
 
-from lumbarflow import summary, tracking
+from lumbarflow import storage, summary, tracking
 from lumbarflow.parameters import check_lists, check_names
 from lumbarflow.progress import duration
 
@@ -39,6 +41,15 @@ def _is_part(run_params: dict[str, Any]) -> bool:
     return any(run_params.get(name) for name in PARTIAL)
 
 
+def _address(dataset: Any) -> str:
+    """Where an entry lies, "" if nowhere."""
+    if folder := getattr(dataset, "_folder", None):
+        return storage.joined(folder.address, dataset._name) if hasattr(dataset, "_name") else folder.address
+    path = getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None)
+    protocol = getattr(dataset, "_protocol", "file")
+    return "" if not path else str(path) if "://" in str(path) or protocol == "file" else f"{protocol}://{path}"
+
+
 class RunHooks:
     """Tag the MLflow run with the git commit; close the log with what came out, where it lies and what to do next."""
 
@@ -50,6 +61,7 @@ class RunHooks:
         self._start = time.monotonic()
         self._step = ""
         self._made: dict[str, None] = {}
+        self._loaded: dict[str, None] = {}
         # Entry -> words, see `summary`: keeping what the entries hold would keep the model and the stores alive.
         self._results: dict[str, str] = {}
         self._read: dict[str, str] = {}
@@ -58,6 +70,8 @@ class RunHooks:
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
         loader = context.config_loader
+        with contextlib.suppress(MissingConfigException):
+            storage.set_credentials(loader["credentials"].get("storage") or {})
         if not loader.runtime_params:
             return
         text = "\n".join(p.read_text() for p in Path(loader.conf_source, loader.base_env).glob("parameters*.yml"))
@@ -86,6 +100,7 @@ class RunHooks:
 
     @hook_impl
     def after_dataset_loaded(self, dataset_name: str, data: Any) -> None:
+        self._loaded[dataset_name] = None
         # What this run has made itself it has not read.
         if dataset_name in summary.READ and dataset_name not in self._made:
             self._read[dataset_name] = summary.READ[dataset_name](data)
@@ -107,6 +122,7 @@ class RunHooks:
     @hook_impl
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         atexit.unregister(self._stopped)
+        self._take_over(catalog)
         names, part = _names(run_params), _is_part(run_params)
         title = f"a part of {' + '.join(names)}" if part else " + ".join(names)
         logger.info("--- %s finished in %s", title, duration(time.monotonic() - self._start))
@@ -125,9 +141,11 @@ class RunHooks:
     @hook_impl
     def on_pipeline_error(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         atexit.unregister(self._stopped)
+        self._take_over(catalog)
         self._tell_of_a_part("failed", run_params, catalog, "do what the error below says, and ")
 
     def _stopped(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
+        self._take_over(catalog)
         self._tell_of_a_part("stopped", run_params, catalog)
         tracking.end_killed()
 
@@ -141,6 +159,14 @@ class RunHooks:
             logger.info(line)
         logger.info("next: %sgive the same command again, which goes on from there", before)
 
+    def _take_over(self, catalog: CatalogProtocol) -> None:
+        """Let other storage have what nodes wrote into working copies of its folders: Kedro tells them of no end."""
+        from lumbarflow.datasets import FolderDataset  # and with it pandas: not for every command
+
+        for dataset in (catalog.get(name) for name in self._loaded):
+            if isinstance(dataset, FolderDataset):
+                dataset.release()
+
     def _account(self, catalog: CatalogProtocol) -> list[str]:
         """What was read, left out and written, one line each; none about nothing."""
         left_out = []
@@ -148,7 +174,7 @@ class RunHooks:
             reasons = [summary.shown(path) for path in self._paths(catalog, [summary.REASONS.get(name, "")])]
             left_out += [f"{words} (reasons: {reasons[0]})" if reasons else words] if words else []
         stores = {name: catalog.get(name) for name in self._made if hasattr(catalog.get(name), "updated")}
-        worked = [(Path(store._path), store.unit, store.updated) for store in stores.values() if store.updated]
+        worked = [(Path(_address(store)), store.unit, store.updated) for store in stores.values() if store.updated]
         others = self._paths(catalog, [name for name in self._made if name not in stores])
         account = {"read": self._read.values(), "left out": left_out, "written": summary.written(worked, others)}
         return [f"{title}: {', '.join(what)}" for title, words in account.items() if (what := [*filter(None, words)])]
@@ -156,8 +182,7 @@ class RunHooks:
     def _paths(self, catalog: CatalogProtocol, names: Iterable[str]) -> list[Path]:
         """Where those of the entries lie that this run has made: files, or folders of them."""
         found = (catalog.get(name) for name in names if name in self._made)
-        paths = (getattr(dataset, "_filepath", None) or getattr(dataset, "_path", None) for dataset in found)
-        return [Path(path) for path in paths if path]
+        return [Path(address) for dataset in found if (address := _address(dataset))]
 
     @staticmethod
     def _is_evaluated(catalog: CatalogProtocol) -> bool:

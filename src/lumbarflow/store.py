@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lumbarflow.files import read_json, write_json
+from lumbarflow.files import PARTIAL, read_json, write_json
 from lumbarflow.imaging import LabelMap, Volume, read_volume, write_volume
 from lumbarflow.parallel import Outcome, Outcomes, Workers, raise_failures
 from lumbarflow.progress import track
@@ -157,7 +157,7 @@ class SeriesStore:
 
     def _clear(self) -> None:
         """Remove what a run or a worker that was killed has left."""
-        for left in self.root.glob(".partial-*"):
+        for left in self.root.glob(f"{PARTIAL}*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def _key(self, series: str) -> str | None:
@@ -172,7 +172,7 @@ class SeriesStore:
     def _write(self, series: str, work: Work) -> None:
         # Made first: another process that updates this folder clears away partial ones.
         files = work.make()
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.root))
         try:
             for name, value in files.items():
                 if isinstance(value, Volume):

@@ -7,6 +7,7 @@ say counts alone.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -236,7 +237,8 @@ def shown(path: str | Path) -> str:
     """A path as a person at the command line has it: relative if it lies below the working directory."""
     path = Path(path)
     here = Path.cwd()
-    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+    text = (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+    return re.sub(r"^(\w+):/(?!/)", r"\1://", text)  # of an address, such as s3://, pathlib keeps one
 
 
 def written(stores: Iterable[tuple[Path, str, Update]], files: Iterable[Path]) -> list[str]:

@@ -1,5 +1,6 @@
 """The project's Kedro datasets: the one seam between its data and the disk."""
 
+from lumbarflow.datasets.artifact import ArtifactDataset
 from lumbarflow.datasets.model import FolderDataset, KerasModelDataset, ModelInputDataset
 from lumbarflow.datasets.nnunet import NnunetDataset
 from lumbarflow.datasets.prediction import PredictionFolderDataset, RegisteredModelDataset, ScanFolderDataset
@@ -9,6 +10,7 @@ from lumbarflow.datasets.text import MarkdownDataset
 from lumbarflow.datasets.volume import DigestDataset, FileFolderDataset, VolumeDataset
 
 __all__ = [
+    "ArtifactDataset",
     "DigestDataset",
     "FileFolderDataset",
     "FolderDataset",

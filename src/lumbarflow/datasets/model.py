@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from kedro.io import AbstractDataset, DatasetError
 
 from lumbarflow.files import write_json
 from lumbarflow.model_input import MANIFEST, ModelInput
+from lumbarflow.storage import WorkingCopy, folder_of, joined
 
 
 class ModelInputDataset(AbstractDataset[dict, ModelInput]):
@@ -20,25 +22,28 @@ class ModelInputDataset(AbstractDataset[dict, ModelInput]):
           path: data/05_model_input
     """
 
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(path)
+    def __init__(self, *, path: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None):
+        self._folder = WorkingCopy(path, credentials)
         self.metadata = metadata
 
     def load(self) -> ModelInput:
-        return ModelInput.open(self._path)
+        return ModelInput.open(self._folder.pull())
 
     def save(self, data: dict) -> None:
-        write_json(self._path / MANIFEST, data)
+        write_json(self._folder.path / MANIFEST, data)
+        self._folder.push([MANIFEST])
 
     def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path)}
+        return {"path": self._folder.address}
 
     def _exists(self) -> bool:
-        return (self._path / MANIFEST).is_file()
+        return self._folder.exists(MANIFEST)
 
 
 class FolderDataset(AbstractDataset[None, Path]):
     """A folder that a node fills by itself while it works, such as that of checkpoints; it loads as its path.
+
+    On another storage that is the path of a working copy, which the storage takes over once a minute until `release`.
 
     YAML:
         training_folder:
@@ -46,18 +51,24 @@ class FolderDataset(AbstractDataset[None, Path]):
           path: data/06_models/training
     """
 
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(path)
+    def __init__(self, *, path: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None):
+        self._folder = WorkingCopy(path, credentials)
+        self._pushing = ExitStack()
         self.metadata = metadata
 
     def load(self) -> Path:
-        return self._path
+        self._release()
+        self._folder.pull()
+        return self._pushing.enter_context(self._folder.pushing())
 
     def save(self, data: None) -> None:
-        raise DatasetError(f"{self._path}: this folder is filled by the node that is given its path")
+        raise DatasetError(f"{self._folder.address}: this folder is filled by the node that is given its path")
+
+    def _release(self) -> None:
+        self._pushing.close()
 
     def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path)}
+        return {"path": self._folder.address}
 
     def _exists(self) -> bool:
         return True  # made by whoever writes to it
@@ -72,23 +83,27 @@ class KerasModelDataset(AbstractDataset[Any, Any]):
           filepath: data/06_models/model.keras
     """
 
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._filepath = Path(filepath)
+    def __init__(
+        self, *, filepath: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None
+    ):
+        self._folder, self._name = folder_of(filepath, credentials)
         self.metadata = metadata
 
     # Keras and its backend cost seconds: they are imported when a model is read or written, not with the catalog.
     def load(self) -> Any:
         from lumbarflow.networks import load_model
 
-        return load_model(self._filepath)
+        self._folder.pull([self._name])
+        return load_model(self._folder.path / self._name)
 
     def save(self, data: Any) -> None:
         from lumbarflow.networks import save_model
 
-        save_model(data, self._filepath)
+        save_model(data, self._folder.path / self._name)
+        self._folder.push([self._name])
 
     def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._filepath)}
+        return {"filepath": joined(self._folder.address, self._name)}
 
     def _exists(self) -> bool:
-        return self._filepath.is_file()
+        return self._folder.exists(self._name)

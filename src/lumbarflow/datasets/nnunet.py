@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset
 
 from lumbarflow.nnunet import Export, NnunetStore
+from lumbarflow.storage import WorkingCopy
 from lumbarflow.store import Update
 
 logger = logging.getLogger(__name__)
@@ -31,19 +31,21 @@ class NnunetDataset(AbstractDataset[Export, NnunetStore]):
     unit = "series"
     updated: Update | None = None
 
-    def __init__(self, *, path: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(path)
+    def __init__(self, *, path: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None):
+        self._folder = WorkingCopy(path, credentials)
         self.metadata = metadata
 
     def load(self) -> NnunetStore:
-        return NnunetStore(self._path)
+        return NnunetStore(self._folder.pull())
 
     def save(self, data: Export) -> None:
-        self.updated = self.load().export(data, "export_nnunet")
-        logger.info("nnU-Net's data set is in %s; README.txt beside nnUNet_raw has the commands", self._path)
+        store = self.load()
+        with self._folder.pushing():
+            self.updated = store.export(data, "export_nnunet")
+        logger.info("nnU-Net's data set is in %s; README.txt beside nnUNet_raw has the commands", self._folder.address)
 
     def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path)}
+        return {"path": self._folder.address}
 
     def _exists(self) -> bool:
         return bool(self.load().series())

@@ -11,6 +11,7 @@ from kedro.io import AbstractDataset, DatasetError
 from lumbarflow.datasets.series_store import SeriesStoreDataset
 from lumbarflow.prediction import PredictionFolder
 from lumbarflow.scans import ScanSource, find_scans
+from lumbarflow.storage import WorkingCopy
 
 logger = logging.getLogger(__name__)
 
@@ -29,31 +30,39 @@ class ScanFolderDataset(AbstractDataset[None, list[ScanSource]]):
         without: a folder below it that holds outputs, no scans.
     """
 
-    def __init__(self, *, path: str, without: str | None = None, metadata: dict[str, Any] | None = None):
-        self._path = Path(path)
-        self._without = Path(without) if without else None
+    def __init__(
+        self,
+        *,
+        path: str,
+        without: str | None = None,
+        credentials: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        self._folder = WorkingCopy(path, credentials)
+        self._without = WorkingCopy(without, credentials) if without else None
         self.metadata = metadata
 
     def load(self) -> list[ScanSource]:
-        if self._without and self._path.resolve().is_relative_to(self._without.resolve()):
+        path, without = self._folder.path, self._without.path if self._without else None
+        if without and path.resolve().is_relative_to(without.resolve()):
             # The next run would take masks for scans.
             raise DatasetError(
-                f"{self._path}: the scans lie in the output folder {self._without}; expected a folder of its own for "
-                "the masks, which may lie below the scans'. Name another one with output=DIR."
+                f"{self._folder.address}: the scans lie in the output folder {self._without.address}; expected a "
+                "folder of its own for the masks, which may lie below the scans'. Name another one with output=DIR."
             )
-        found = find_scans(self._path, self._without)
+        found = find_scans(self._folder.pull(), without)
         for what, number in found.passed_over.items():
-            logger.info("predict: passed over %d %s in %s", number, what, self._path)
+            logger.info("predict: passed over %d %s in %s", number, what, self._folder.address)
         return found
 
     def save(self, data: None) -> None:
-        raise DatasetError(f"{self._path}: scans are only read here")
+        raise DatasetError(f"{self._folder.address}: scans are only read here")
 
     def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path)}
+        return {"path": self._folder.address}
 
     def _exists(self) -> bool:
-        return self._path.is_dir()
+        return self._folder.is_remote or self._folder.path.is_dir()  # told when it is read
 
 
 class PredictionFolderDataset(SeriesStoreDataset):
@@ -67,8 +76,8 @@ class PredictionFolderDataset(SeriesStoreDataset):
           keep_others: true
     """
 
-    def load(self) -> PredictionFolder:
-        return PredictionFolder(self._path)
+    def _store(self, path: Path) -> PredictionFolder:
+        return PredictionFolder(path)
 
 
 class RegisteredModelDataset(AbstractDataset[None, Any]):

@@ -12,6 +12,7 @@ from kedro.io import AbstractDataset
 
 from lumbarflow.files import write_atomically
 from lumbarflow.parallel import Workers
+from lumbarflow.storage import WorkingCopy
 from lumbarflow.store import SeriesStore, SpiderLayoutStore, Update, Work
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
           parallel: {backend: loky, workers: all, scheduler: local}
 
     Args:
-        path: the folder.
+        path: the folder, or its address on another storage, which is worked on in a copy (see `lumbarflow.storage`).
         description: what progress and log call the work.
         keep_others: saving leaves series that the data don't name: several pipelines write to this folder.
         unit: what progress calls the series, if they are something else.
@@ -48,9 +49,10 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         keep_others: bool = False,
         unit: str = "series",
         parallel: dict[str, Any] | None = None,
+        credentials: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ):
-        self._path = Path(path)
+        self._folder = WorkingCopy(path, credentials)
         self._description = description
         self._keep_others = keep_others
         self.unit = unit
@@ -58,13 +60,18 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         self.metadata = metadata
 
     def load(self) -> SeriesStore:
-        return SeriesStore(self._path)
+        return self._store(self._folder.pull())
 
     def save(self, data: Mapping[str, Work]) -> None:
-        self.updated = self.load().update(data, self._description, self._keep_others, self.unit, self._workers)
+        store = self.load()
+        with self._folder.pushing():
+            self.updated = store.update(data, self._description, self._keep_others, self.unit, self._workers)
+
+    def _store(self, path: Path) -> SeriesStore:
+        return SeriesStore(path)
 
     def _describe(self) -> dict[str, Any]:
-        return {"path": str(self._path), "description": self._description}
+        return {"path": self._folder.address, "description": self._description}
 
     def _exists(self) -> bool:
         return bool(self.load().series())
@@ -82,22 +89,25 @@ class SyntheticCohortDataset(SeriesStoreDataset):
           path: data/01_raw
     """
 
-    def load(self) -> SpiderLayoutStore:
-        return SpiderLayoutStore(self._path)
+    def _store(self, path: Path) -> SpiderLayoutStore:
+        return SpiderLayoutStore(path)
 
     def save(self, data: Mapping[str, Work]) -> None:
-        store = self.load()
         if not data:
             return
+        store = self.load()
         if foreign := store.foreign_files():
             if store.series():
                 raise ValueError(
-                    f"{self._path}: {len(foreign)} files of yours ({foreign[0]}, ...) beside synthetic scans; expected "
-                    "one or the other. Move yours to a folder of their own and name it with --params=raw_dir=DIR, or "
-                    "delete images/, masks/, anatomy/ and overview.csv of the synthetic ones."
+                    f"{self._folder.address}: {len(foreign)} files of yours ({foreign[0]}, ...) beside synthetic "
+                    "scans; expected one or the other. Move yours to a folder of their own and name it with "
+                    "--params=raw_dir=DIR, or delete images/, masks/, anatomy/ and overview.csv of the synthetic ones."
                 )
-            logger.info("%s: nothing, %s holds %d files of yours", self._description, self._path, len(foreign))
+            logger.info(
+                "%s: nothing, %s holds %d files of yours", self._description, self._folder.address, len(foreign)
+            )
             return
-        self.updated = store.update(data, self._description, workers=self._workers)
-        overview = pd.DataFrame([record["overview"] for record in store.records().values()])
-        write_atomically(self._path / "overview.csv", lambda partial: overview.to_csv(partial, index=False))
+        with self._folder.pushing():
+            self.updated = store.update(data, self._description, workers=self._workers)
+            overview = pd.DataFrame([record["overview"] for record in store.records().values()])
+            write_atomically(store.root / "overview.csv", lambda partial: overview.to_csv(partial, index=False))

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset
 from kedro_datasets.partitions import PartitionedDataset
 
 from lumbarflow.files import file_digest
-from lumbarflow.imaging import LabelMap, Volume, read_volume, volume_files, write_volume
+from lumbarflow.imaging import LabelMap, Volume, read_volume, volume_files, write_volume, written_files
+from lumbarflow.storage import WorkingCopy, errors_told, folder_of, is_remote, joined
 
 KINDS = {"image": Volume, "labels": LabelMap}
+
+
+def _pulled(folder: WorkingCopy, name: str) -> list[Path]:
+    """A volume's files on this machine, the named one first."""
+    folder.pull([name])
+    files = volume_files(folder.path / name)
+    if len(files) > 1:
+        folder.pull([file.name for file in files])
+    return files
 
 
 class VolumeDataset(AbstractDataset[Volume, Volume]):
@@ -24,29 +35,38 @@ class VolumeDataset(AbstractDataset[Volume, Volume]):
           kind: labels
 
     Args:
-        filepath: `.mha`, `.mhd`, `.nii`, `.nii.gz` or `.nrrd`.
+        filepath: `.mha`, `.mhd`, `.nii`, `.nii.gz` or `.nrrd`; a path, or an address on another storage.
         kind: "image", or "labels" for integer label maps.
         metadata: passed over by Kedro, read by plugins such as Kedro-Viz.
     """
 
-    def __init__(self, *, filepath: str, kind: str = "image", metadata: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        *,
+        filepath: str,
+        kind: str = "image",
+        credentials: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
         if kind not in KINDS:
             raise ValueError(f"VolumeDataset kind {kind!r}; expected one of {sorted(KINDS)}")
-        self._filepath = PurePosixPath(filepath)
+        self._folder, self._name = folder_of(filepath, credentials)
         self._kind = kind
         self.metadata = metadata
 
     def load(self) -> Volume:
-        return read_volume(str(self._filepath), KINDS[self._kind])
+        return read_volume(_pulled(self._folder, self._name)[0], KINDS[self._kind])
 
     def save(self, data: Volume) -> None:
-        write_volume(data, str(self._filepath))
+        path = self._folder.path / self._name
+        write_volume(data, path)
+        self._folder.push([file.name for file in written_files(path)])
 
     def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._filepath), "kind": self._kind}
+        return {"filepath": joined(self._folder.address, self._name), "kind": self._kind}
 
     def _exists(self) -> bool:
-        return Path(self._filepath).is_file()
+        return self._folder.exists(self._name)
 
 
 class DigestDataset(AbstractDataset[None, str]):
@@ -58,21 +78,23 @@ class DigestDataset(AbstractDataset[None, str]):
           filepath: data/01_raw/images/1_t2.mha
     """
 
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._filepath = PurePosixPath(filepath)
+    def __init__(
+        self, *, filepath: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None
+    ):
+        self._folder, self._name = folder_of(filepath, credentials)
         self.metadata = metadata
 
     def load(self) -> str:
-        return file_digest(volume_files(str(self._filepath)))
+        return file_digest(_pulled(self._folder, self._name))
 
     def save(self, data: None) -> None:
         raise NotImplementedError("a digest is computed from its file; there is nothing to save")
 
     def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._filepath)}
+        return {"filepath": joined(self._folder.address, self._name)}
 
     def _exists(self) -> bool:
-        return Path(self._filepath).is_file()
+        return self._folder.exists(self._name)
 
 
 class FileFolderDataset(PartitionedDataset):
@@ -93,7 +115,7 @@ class FileFolderDataset(PartitionedDataset):
         return super().load() if self._list_partitions() else {}
 
     def _list_partitions(self) -> list[str]:
-        if not self._filesystem.exists(self._normalized_path):
-            return []
+        with errors_told(self._path, "read") if is_remote(self._path) else nullcontext():
+            paths = super()._list_partitions() if self._filesystem.exists(self._normalized_path) else []
         # Hidden files, and folders, are what systems and interrupted writers leave behind.
-        return [path for path in super()._list_partitions() if "/." not in f"/{self._path_to_partition(path)}"]
+        return [path for path in paths if "/." not in f"/{self._path_to_partition(path)}"]

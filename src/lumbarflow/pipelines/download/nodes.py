@@ -11,6 +11,9 @@ from lumbarflow.progress import counted
 
 logger = logging.getLogger(__name__)
 
+# The record as it is fetched, beside images and masks.
+DOWNLOADS = "downloads"
+
 
 def fetch_files(settings: dict[str, Any], raw_dir: str, synthetic_dir: str, folder: Path) -> dict[str, str]:
     """Bring the record's files here, those that are missing; each is whole and has its checksum."""
@@ -19,15 +22,15 @@ def fetch_files(settings: dict[str, Any], raw_dir: str, synthetic_dir: str, fold
             f"{raw_dir}: the folder of synthetic scans; expected one for real scans. Give --env=spider, or name a "
             "folder with --params=raw_dir=DIR"
         )
-    outcomes = download.fetch(settings, folder, Path(raw_dir))
+    outcomes = download.fetch(settings, folder / DOWNLOADS, folder)
     fetched = sum(outcome == download.FETCHED for outcome in outcomes.values())
     logger.info("download: %s fetched, %d here already", counted(fetched, "files"), len(outcomes) - fetched)
     return outcomes
 
 
-def unpack_files(fetched: dict[str, str], settings: dict[str, Any], raw_dir: str, folder: Path) -> dict[str, Any]:
+def unpack_files(fetched: dict[str, str], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Lay out what was fetched, and write down whose it is and what of it is there."""
-    counts = download.unpack(settings, folder, Path(raw_dir))
+    counts = download.unpack(settings, folder / DOWNLOADS, folder)
     logger.info("download: %s (%s), cite it wherever it is shown", settings["attribution"], settings["licence"])
     return {
         "attribution": settings["attribution"],

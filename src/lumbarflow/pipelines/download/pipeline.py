@@ -11,13 +11,13 @@ def create_pipeline(**kwargs) -> Pipeline:
         [
             node(
                 fetch_files,
-                inputs=["params:download", "params:raw_dir", "params:synthetic_dir", "download_folder"],
+                inputs=["params:download", "params:raw_dir", "params:synthetic_dir", "raw_folder"],
                 outputs="fetched_files",
                 name="fetch_files",
             ),
             node(
                 unpack_files,
-                inputs=["fetched_files", "params:download", "params:raw_dir", "download_folder"],
+                inputs=["fetched_files", "params:download", "raw_folder"],
                 outputs="download_record",
                 name="unpack_files",
             ),

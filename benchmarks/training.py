@@ -21,12 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import yaml
+
+from memory import Watch, is_told
 
 ROOT = Path(__file__).parents[1]
 SLICES_PER_SERIES = 20
@@ -159,27 +160,13 @@ def memory(folder: Path, arguments) -> dict:
     from lumbarflow import training
     from lumbarflow.model_input import ModelInput
 
-    peak, running = 0, True
-
-    def watch():
-        nonlocal peak
-        while running:
-            text = Path("/proc/self/status").read_text()
-            peak = max(peak, int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]))
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with Watch() as watch:
         chosen = settings(arguments)
         chosen["model"] |= {
             "encoder_widths": [8, 8, 16, 16, 32, 32], "decoder_widths": [16, 16, 8, 8]
         }  # fmt: skip
         training.fit(ModelInput.open(folder), chosen)
-    finally:
-        running = False
-        watcher.join()
-    return {"peak_mib": peak / 1024}
+    return {"peak_mib": watch.peak_mib()[0]}
 
 
 STAGES = {
@@ -247,7 +234,7 @@ def main() -> None:
                     other = run("stream", folder, arguments, environment, training | changes)
                     ratios.append(other["slices_per_second"] / base["slices_per_second"])
                 print(f"{name}: {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
-        if not arguments.skip_memory and Path("/proc/self/status").exists():
+        if not arguments.skip_memory and is_told():
             small = argparse.Namespace(**vars(arguments) | {"size": 64})
             peaks = []
             for series in (3, 30):

@@ -111,6 +111,15 @@ def test_stray_files_are_ignored_but_data_files_of_headers_are_no_strays():
     ]
 
 
+def test_no_name_is_looked_for_among_all():
+    class Names(list):
+        def __contains__(self, name):
+            raise AssertionError("a search for each data file takes the square of their number")
+
+    names = Names(["1_t2.mhd", "1_t2.raw"])
+    assert inventory(names, names).ignored == []
+
+
 def test_an_empty_folder_has_rows_only():
     found = inventory([], [], ["1_t2"])
     assert (found.scans, found.absent, found.ignored) == ([], ["1_t2"], [])

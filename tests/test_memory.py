@@ -1,4 +1,4 @@
-"""Anonymous memory of preparation and evaluation does not grow with the number of series."""
+"""Anonymous memory of preparation, evaluation and the paper's protocol does not grow with the number of series."""
 
 from __future__ import annotations
 
@@ -74,6 +74,34 @@ print(peak)
 """
 
 
+PAPER = """
+import sys
+from pathlib import Path
+import numpy as np
+from lumbarflow import paper_protocol
+
+settings = {"dice": "soft", "nsd_tolerance_pixels": 1.0, "stacked": True, "stack_seed": 0}
+# A window is 128 of these slices here, 512 with what lies around it.
+reference = np.zeros((8, 64, 64), np.uint8)
+reference[:, 10:50, 20:30], reference[:, 10:50, 35:40], reference[:, 28:34, 20:30] = 1, 2, 3
+probabilities = np.eye(4, dtype=np.float32)[np.roll(reference, 1, axis=2)]
+peak = 0
+
+nearest = paper_protocol._nearest
+def watched(*points):
+    global peak
+    found = nearest(*points)
+    text = Path("/proc/self/status").read_text()
+    peak = max(peak, int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]))
+    return found
+paper_protocol._nearest = watched
+
+table = paper_protocol.paper_scores(((reference, probabilities) for _ in range(int(sys.argv[2]) // 8)), settings)
+assert table["n_slices"].eq(int(sys.argv[2])).all()
+print(peak)
+"""
+
+
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="only Linux tells a process's anonymous memory"
 )
@@ -96,4 +124,14 @@ def test_preparing_ten_times_the_series_takes_the_same_memory(tmp_path):
         return int(subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     few, many = peak(3), peak(30)
+    assert many < 1.1 * few
+
+
+@LINUX
+def test_the_papers_measures_of_three_times_the_slices_take_the_same_memory(tmp_path):
+    def peak(count: int) -> int:
+        arguments = [sys.executable, "-c", PAPER, str(tmp_path), str(count)]
+        return int(subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=240).stdout)
+
+    few, many = peak(800), peak(2400)
     assert many < 1.1 * few

@@ -72,6 +72,37 @@ def test_a_stack_takes_other_slices_for_neighbours():
     assert generous["nsd"] == 1
 
 
+def test_a_slice_by_itself_has_no_border_through_its_plane():
+    # The middle pixel of 3 x 3 has all its neighbours; in a stack of one slice it would have none above and below.
+    reference, prediction = np.zeros((2, 1, 5, 7), np.uint8)
+    reference[0, 1:4, 1:4], prediction[0, 1:4, 1:5] = 1, 1
+    found = row(paper_scores([(reference, certain(prediction))], SETTINGS | {"stacked": False}), "vertebrae")
+    # Borders of 8 and 10 pixels share 7; the reference's other one and the three in the last column are 1 away.
+    assert (found["asd_pixels"], found["nsd"]) == pytest.approx((4 / 18, 1))
+
+
+def test_distances_in_a_long_stack_are_those_of_the_whole():
+    # 100 slices of 4 x 3: looked at 8 at a time, whatever is farther than 4 slices away through the whole stack.
+    rng = np.random.default_rng(5)
+    reference, prediction = (rng.random((2, 100, 4, 3)) < 0.3).astype(np.uint8)
+    prediction[8:70] = 0
+    order = np.random.default_rng(SETTINGS["stack_seed"]).permutation(100)
+    batches = [side[np.argsort(order)] for side in (reference, prediction)]
+    found = row(paper_scores([(batches[0], certain(batches[1]))], SETTINGS), "vertebrae")
+    points = []
+    for side in (reference, prediction):
+        padded = np.pad(side, 1)
+        inside = np.ones(side.shape, bool)
+        for axis in range(3):
+            for step in (-1, 1):
+                inside &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1] == 1
+        points.append(np.argwhere((side == 1) & ~inside))
+    apart = np.linalg.norm(points[0][:, None] - points[1], axis=2)
+    both = np.concatenate([apart.min(axis=1), apart.min(axis=0)])
+    assert both.max() > 25  # some look through the whole stack
+    assert (found["asd_pixels"], found["nsd"]) == pytest.approx((both.mean(), (both <= 1).mean()))
+
+
 def test_the_order_of_the_stack_is_the_seeds():
     rng = np.random.default_rng(3)
     reference, prediction = (rng.random((2, 9, 6, 5)) < 0.3).astype(np.uint8)

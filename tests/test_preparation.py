@@ -57,7 +57,7 @@ def test_the_ceiling_is_what_the_size_alone_costs():
     assert np.array_equal(ceiling, np.diag(np.diag(ceiling)))
 
 
-def manifest(**changes) -> dict:
+def manifest(records=dict, **changes) -> dict:
     series_index = pd.DataFrame(
         {
             "series": ["a_t1", "b_t2"],
@@ -81,12 +81,24 @@ def manifest(**changes) -> dict:
         else:
             series_index[name] = value
     record = {"n_slices": 2, "pixel_spacing_mm": [1.0, 1.0], "class_counts": [[1, 0, 0, 0]] * 2, "digest": "d"}
-    return build_manifest(series_index, slice_index, {"a_t1": record, "b_t2": record}, settings)
+    return build_manifest(series_index, slice_index, records({"a_t1": record, "b_t2": record}), settings)
 
 
 def test_the_manifest_lists_the_slices_kept_on_each_side():
     sides = manifest()["sides"]
     assert sides == {"train": {"a_t1": [1]}, "validation": {}, "test": {"b_t2": [0, 1]}}
+
+
+def test_each_record_is_looked_at_once():
+    class Read(dict):
+        times: list[str] = []
+
+        def __getitem__(self, series):
+            self.times.append(series)
+            return super().__getitem__(series)
+
+    manifest(records=Read)
+    assert Read.times == ["a_t1", "b_t2"]
 
 
 def test_the_data_hash_follows_scans_and_labels_only():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def test_a_store_gives_back_what_was_made(store, maker):
 
 def test_a_store_that_is_not_there_is_empty(store):
     assert store.series() == [] and store.records() == {}
+
+
+def test_records_are_read_one_at_a_time(store, maker, monkeypatch):
+    store.update({name: maker.work(name, "k") for name in ("1_t1", "1_t2")})
+    read = []
+    monkeypatch.setattr(type(store), "record", lambda self, series: read.append(series) or {"series": series})
+    records = store.records()
+    assert not read and len(records) == 2
+    values = iter(records.values())
+    assert next(values) == {"series": "1_t1"} and read == ["1_t1"]
+    # To a worker goes where they lie.
+    assert len(pickle.dumps(records)) < 300
+    monkeypatch.undo()
+    assert records.get("3_t2") is None and "1_t2" in records
 
 
 def test_only_what_has_changed_is_made(store, maker, caplog):

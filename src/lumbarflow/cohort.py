@@ -106,12 +106,13 @@ def take_inventory(
     rows = {split_volume_name(str(row["new_file_name"]).strip())[0]: _with_subset(row) for row in overview}
     files: dict[str, dict[str, list[str]]] = {}
     for folder, names in (("images", images), ("masks", masks)):
+        present = set(names)
         for name in sorted(names):
             series, suffix = split_volume_name(name)
             if not suffix or "/" in name or name.startswith("."):
                 # The data file of an `.mhd` header is part of that volume, not a stray file.
                 header = f"{name.rsplit('.', 1)[0]}.mhd"
-                if not (name.lower().endswith((".raw", ".zraw")) and header in names):
+                if not (name.lower().endswith((".raw", ".zraw")) and header in present):
                     inventory.ignored.append(f"{folder}/{name}")
                 continue
             files.setdefault(series, {"images": [], "masks": []})[folder].append(name)

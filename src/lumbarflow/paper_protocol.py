@@ -9,7 +9,9 @@ Source: arXiv 2409.06018 and the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ from lumbarflow.parameters import check_names
 
 SETTINGS = ("dice", "nsd_tolerance_pixels", "stacked", "stack_seed")
 DICES = ("soft", "hard")
+
+# Slices of the stack that are in memory at once.
+_PART = 64
 
 
 def paper_scores(batches: Iterable[tuple[np.ndarray, np.ndarray]], settings: Mapping[str, Any]) -> pd.DataFrame:
@@ -44,36 +49,41 @@ def paper_scores(batches: Iterable[tuple[np.ndarray, np.ndarray]], settings: Map
     check_names(settings, SETTINGS, "paper_protocol")
     if settings["dice"] not in DICES:
         raise ValueError(f"paper_protocol.dice is {settings['dice']!r}; expected one of {', '.join(DICES)}")
-    references, predictions, dices = [], [], []
+    dices: list[Any] = []
     confusion = np.zeros((CLASS_COUNT, CLASS_COUNT), np.int64)
-    for reference, probabilities in batches:
-        prediction = probabilities.argmax(axis=-1).astype(np.uint8)
-        references.append(reference)
-        predictions.append(prediction)
-        confusion += confusion_matrix(reference, prediction)
-        if settings["dice"] == "soft":
-            shared, *both = np.moveaxis(soft_overlap(reference, probabilities), -1, 0)
-            total = sum(both)
-            dices.append(np.divide(2 * shared, total, out=np.full(total.shape, np.nan), where=total > 0))
+    # The stack needs all slices in an order of its own. They lie in a file that is gone afterwards: in memory, those of
+    # a large cohort would be what grows most.
+    with tempfile.TemporaryFile() as file:
+        for reference, probabilities in batches:
+            prediction = probabilities.argmax(axis=-1).astype(np.uint8)
+            np.stack([reference, prediction], axis=1).astype(np.uint8).tofile(file)
+            confusion += confusion_matrix(reference, prediction)
+            if settings["dice"] == "soft":
+                shared, *both = np.moveaxis(soft_overlap(reference, probabilities), -1, 0)
+                total = sum(both)
+                dices.append(np.divide(2 * shared, total, out=np.full(total.shape, np.nan), where=total > 0))
+            else:
+                pairs = zip(reference, prediction, strict=True)
+                dices.append([class_scores(confusion_matrix(*pair))["dice"] for pair in pairs])
+        if not dices:
+            raise ValueError(
+                "no slice to score; expected those of the side 'test'. Look at slice_index, and preprocess"
+            )
+        file.flush()
+        dice = np.concatenate(dices)
+        pairs = np.memmap(file, np.uint8, "r", shape=(len(dice), 2, *reference.shape[1:]))
+        if settings["stacked"]:
+            stacks = [_Stack(pairs, np.random.default_rng(settings["stack_seed"]).permutation(len(pairs)))]
         else:
-            pairs = zip(reference, prediction, strict=True)
-            dices.append([class_scores(confusion_matrix(*pair))["dice"] for pair in pairs])
-    if not references:
-        raise ValueError("no slice to score; expected those of the side 'test'. Look at slice_index, and preprocess")
-    reference, prediction, dice = map(np.concatenate, (references, predictions, dices))
+            stacks = [_Stack(pairs, np.array([index]), flat=True) for index in range(len(pairs))]
+        surfaces = [_surfaces(index, stacks, settings["nsd_tolerance_pixels"]) for index in range(CLASS_COUNT)]
     pooled = class_scores(confusion)
-    if settings["stacked"]:
-        order = np.random.default_rng(settings["stack_seed"]).permutation(len(reference))
-        volumes = [(reference[order], prediction[order])]
-    else:
-        volumes = list(zip(reference, prediction, strict=True))
     rows = []
     for index, name in enumerate(CLASSES):
         figures = {"iou": pooled["iou"][index], "dice": _mean(dice[:, index])}
-        surfaces = _surfaces(index, volumes, settings["nsd_tolerance_pixels"])
-        figures |= {name: surfaces.pop(name) for name in ("asd_pixels", "nsd")}
+        figures |= {name: surfaces[index].pop(name) for name in ("asd_pixels", "nsd")}
         figures |= {score: pooled[score][index] for score in ("precision", "recall", "f1")}
-        counts = {"n_slices": len(dice), "n_undefined": int(np.isnan(dice[:, index]).sum())} | surfaces
+        counts = {"n_slices": len(dice), "n_undefined": int(np.isnan(dice[:, index]).sum())} | surfaces[index]
         rows.append({"class": name} | figures | counts)
     return pd.DataFrame(rows)
 
@@ -83,39 +93,115 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if len(defined) else float("nan")
 
 
-def _surfaces(index: int, volumes: list[tuple[np.ndarray, np.ndarray]], tolerance: float) -> dict[str, float]:
-    """Mean distance of the border pixels of all volumes, both ways, and the share of them within the tolerance.
+@dataclass(frozen=True)
+class _Stack:
+    """Slices as one volume of voxels 1 x 1 x 1.
 
-    Pixels whose volume lacks the class on the other side have no distance: the mean leaves them out, and they count as
+    Attributes:
+        pairs: uint8 (slices, 2, H, W), classes of reference and prediction; may be a mapped file.
+        order: which of them lie in the stack, from its first slice to its last.
+        flat: a slice by itself, whose pixels have no neighbours but those in its plane.
+    """
+
+    pairs: np.ndarray
+    order: np.ndarray
+    flat: bool = False
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The slices from `start` up to `stop`, some at a time: where they begin, and (slices, 2, H, W)."""
+        for first in range(start, stop, _PART):
+            yield first, self.pairs[self.order[first : min(first + _PART, stop)]]
+
+    def points(self, index: int, start: int = 0, stop: int | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Border pixels (slice, row, column) of a class in reference and prediction from `start` up to `stop`; and of
+        each side those that the other one does not share."""
+        stop = len(self) if stop is None else stop
+        found: list[list[np.ndarray]] = [[], [], [], []]
+        for first in range(start, stop, _PART):
+            last = min(first + _PART, stop)
+            # A neighbour on either side, so that the borders are those of the whole stack.
+            low = max(first - 1, 0)
+            masks = self.pairs[self.order[low : last + 1]] == index
+            borders = [_border(masks[:, side], self.flat)[first - low : last - low] for side in (0, 1)]
+            shared = borders[0] & borders[1]
+            for points, mask in zip(found, (*borders, *(border & ~shared for border in borders)), strict=True):
+                points.append(np.argwhere(mask) + [first, 0, 0])
+        together = [np.concatenate(points) for points in found]
+        return together[:2], together[2:]
+
+
+def _surfaces(index: int, stacks: Sequence[_Stack], tolerance: float) -> dict[str, float]:
+    """Mean distance of the border pixels of all stacks, both ways, and the share of them within the tolerance.
+
+    Pixels whose stack lacks the class on the other side have no distance: the mean leaves them out, and they count as
     too far away, as in `metrics.CONVENTION`. Both are NaN without any border at all, the distance also without a pair.
     """
-    total, apart, near, with_both = 0, [], 0, 0
-    for reference, prediction in volumes:
-        borders = [_border(volume == index) for volume in (reference, prediction)]
-        counts = [int(np.count_nonzero(border)) for border in borders]
-        total += sum(counts)
-        if not all(counts):
-            continue
-        with_both += 1
-        # What both borders share, most of them, is at distance 0; only the others are looked for.
-        shared = borders[0] & borders[1]
-        points = [np.argwhere(border) for border in borders]
-        distances = [np.zeros(2 * np.count_nonzero(shared))]
-        for border, other in ((borders[0], points[1]), (borders[1], points[0])):
-            tree = cKDTree(other, balanced_tree=False, compact_nodes=False)
-            distances.append(tree.query(np.argwhere(border & ~shared))[0])
-        together = np.concatenate(distances)
-        apart.append((together.sum(), len(together)))
-        near += int(np.count_nonzero(together <= tolerance))
-    distance, pixels = np.sum(apart, axis=0) if apart else (0.0, 0)
+    total, near, with_both, pixels, distance = 0, 0, 0, 0, 0.0
+    for stack in stacks:
+        there = np.zeros(2, bool)
+        for _, part in stack.parts(0, len(stack)):
+            there |= (part == index).any(axis=(0, 2, 3))
+        with_both += int(there.all())
+        for count, apart in _distances(index, stack, bool(there.all())):
+            total += count
+            if there.all():
+                pixels += count
+                distance += apart.sum()
+                # What both borders share, most of them, is at distance 0.
+                near += count - len(apart) + int(np.count_nonzero(apart <= tolerance))
     return {
         "asd_pixels": float(distance / pixels) if pixels else float("nan"),
         "nsd": near / total if total else float("nan"),
         "n_surface": with_both,
-        "n_volumes": len(volumes),
+        "n_volumes": len(stacks),
     }
 
 
-def _border(mask: np.ndarray) -> np.ndarray:
+def _distances(index: int, stack: _Stack, measured: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Of some border pixels after the other: how many they are, and the distances of those that are not shared.
+
+    Window by window, so that memory does not grow with the stack. A window reaches so far beyond the slices that are
+    looked at that whatever lies outside is farther away than `reach`: a shorter distance is right. Pixels without one,
+    which are few unless a net misses a class nearly everywhere, look through the whole stack at the end.
+    """
+    reach = max(stack.pairs.shape[2:])
+    left: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start in range(0, len(stack), 2 * reach):
+        stop = min(start + 2 * reach, len(stack))
+        low, high = max(start - reach, 0), min(stop + reach, len(stack))
+        borders, unshared = stack.points(index, low, high)
+        count = sum(int(np.count_nonzero(_within(points, start, stop))) for points in borders)
+        apart = []
+        for side in (0, 1) if measured else ():
+            asking = unshared[side][_within(unshared[side], start, stop)]
+            found = _nearest(asking, borders[1 - side])
+            known = (found <= reach) | (low == 0 and high == len(stack))
+            apart.append(found[known])
+            left[side].append(asking[~known])
+            count -= int(np.count_nonzero(~known))
+        yield count, np.concatenate([*apart, []])
+    remaining = [np.concatenate([*points, np.empty((0, 3), np.intp)]) for points in left]
+    if any(map(len, remaining)):
+        borders, _ = stack.points(index)
+        for side in (0, 1):
+            yield len(remaining[side]), _nearest(remaining[side], borders[1 - side])
+
+
+def _within(points: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return (points[:, 0] >= start) & (points[:, 0] < stop)
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance of each point to the nearest of the others; infinite where there are none."""
+    if not len(points) or not len(others):
+        return np.full(len(points), np.inf)
+    return cKDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
+
+
+def _border(mask: np.ndarray, flat: bool) -> np.ndarray:
     """Pixels of the mask with a face neighbour outside it, bool of its shape; the image's edge is outside."""
-    return mask & ~binary_erosion(mask, generate_binary_structure(mask.ndim, 1))
+    neighbours = generate_binary_structure(2, 1)[None] if flat else generate_binary_structure(3, 1)
+    return mask & ~binary_erosion(mask, neighbours)

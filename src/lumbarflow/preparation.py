@@ -122,16 +122,13 @@ def build_manifest(
         "split_hash": split_hash(slice_index),
         "settings": dict(settings),
         "series": {
-            row.series: {
-                "patient": row.patient,
-                "sequence": row.sequence,
-                **{
-                    name: records[row.series][name]
-                    for name in ("n_slices", "pixel_spacing_mm", "class_counts", "digest")
-                },
-            }
+            row.series: {"patient": row.patient, "sequence": row.sequence, **_facts(records[row.series])}
             for row in series_index.itertuples()
         },
         "sides": sides,
     }
     return manifest | {"content_hash": value_digest(manifest)}
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("n_slices", "pixel_spacing_mm", "class_counts", "digest")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ class SeriesStore:
     def record(self, series: str) -> dict:
         return read_json(self.path(series, RECORD))
 
-    def records(self) -> dict[str, dict]:
-        return {series: self.record(series) for series in self.series()}
+    def records(self) -> Records:
+        return Records(self)
 
     def volume(self, series: str, name: str) -> Volume:
         return read_volume(self.path(series, name))
@@ -194,6 +194,25 @@ class SeriesStore:
                 work.done()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+class Records(Mapping[str, dict]):
+    """Series -> record of a store, each read when it is asked for: those of a large cohort would fill the memory."""
+
+    def __init__(self, store: SeriesStore):
+        self._store = store
+
+    def __getitem__(self, series: str) -> dict:
+        try:
+            return self._store.record(series)
+        except FileNotFoundError:
+            raise KeyError(series) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.series())
+
+    def __len__(self) -> int:
+        return len(self._store.series())
 
 
 class SpiderLayoutStore(SeriesStore):

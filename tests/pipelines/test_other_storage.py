@@ -97,6 +97,11 @@ def test_a_run_in_this_process_memory(raw, project, kedro_run, monkeypatch, tmp_
     assert filesystem.exists("/data/05_model_input/manifest.json")
     filesystem.store.clear()
 
+    import mlflow
+
+    (run,) = mlflow.search_runs(experiment_names=["lumbarflow"], filter_string="run_name = 'ingest'")["run_id"]
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(run)] == ["ingest_report.csv"]
+
 
 def test_without_credentials_one_error_says_where_they_belong(bucket, project, kedro_run):
     (project / "conf/local/credentials.yml").write_text("")

@@ -35,3 +35,30 @@ def test_ingested_and_prepared_series_are_the_same_to_the_byte(raw, kedro_run, p
     one_by_one, *side_by_side = found
     assert side_by_side == [one_by_one] * 2
     assert "series/1_t1/image.mha" in one_by_one[0] and "series/4_t2/images.npy" in one_by_one[1]
+
+
+@pytest.mark.integration
+def test_masks_and_figures_of_a_dask_cluster_are_the_same_to_the_byte(raw, kedro_run, project):
+    alone, dask = {"workers": 1}, {"backend": "dask", "workers": 2}
+    folders = ("02_intermediate", "05_model_input", "07_model_output", "08_reporting")
+    found = []
+    for way in (alone, dask):
+        for pipeline in ("ingest", "preprocess"):
+            kedro_run(pipeline, raw_dir=str(raw), parallel=way)
+        if way is alone:
+            kedro_run("fit", raw_dir=str(raw), training={"epochs": 1})
+        kedro_run("evaluate", raw_dir=str(raw), parallel=way, training={"epochs": 1})
+        if way is alone:
+            kedro_run("register", raw_dir=str(raw), training={"epochs": 1})
+        output = project / f"masks-{len(found)}"
+        kedro_run("predict", scans=str(raw / "images"), output=str(output), parallel=way)
+        made = {name: digests(project / "data" / name) for name in folders}
+        made["masks"] = {name: digest for name, digest in digests(output).items() if name.endswith((".gz", ".mha"))}
+        for name in folders:
+            (project / "data" / name).rename(project / f"{name}-{len(found)}")
+        found.append(made)
+    for made in found:  # how long the run took
+        made["08_reporting"].pop("run_times.json")
+    one_by_one, side_by_side = found
+    assert side_by_side == one_by_one
+    assert len(one_by_one["masks"]) >= 2 and "predictions/4_t2/labels.mha" in one_by_one["07_model_output"]

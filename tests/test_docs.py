@@ -391,8 +391,9 @@ def test_commands_in_sentences_name_what_there_is():
 
 def test_variables_named_in_the_reference_are_read_somewhere():
     named = re.findall(r"^\| `([A-Z_]+)` \|", (DOCS / "reference/parameters.md").read_text(), flags=re.MULTILINE)
-    assert len(named) == 3
-    sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    assert len(named) == 5
+    read = [*(ROOT / "src").rglob("*.py"), *(ROOT / "conf").rglob("*.yml")]
+    sources = "\n".join(path.read_text() for path in read)
     assert [name for name in named if name not in sources] == []
 
 

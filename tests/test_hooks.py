@@ -186,13 +186,31 @@ def test_a_stopped_run_says_so_at_the_end_of_the_process(run, monkeypatch):
     assert not at_exit
 
 
+class Loader(dict):
+    """As much of Kedro's configuration as the hook looks at."""
+
+    def __init__(self, folder, credentials=None, **parameters):
+        super().__init__(credentials=credentials or {})
+        self.conf_source, self.base_env, self.runtime_params = str(folder), "base", parameters
+
+
+def test_every_use_of_fsspec_has_the_credentials_of_the_configuration(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    options = {"key": "me", "secret": "hush"}
+    loader = Loader(tmp_path, {"storage": {"s3": options}, "mlflow": {"of": "others"}})
+    hooks.RunHooks().after_context_created(SimpleNamespace(config_loader=loader))
+    assert fsspec.config.conf == {"s3": options}
+
+
 def test_what_the_command_line_gives_in_vain_stops_the_run_before_it_begins(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/parameters_a.yml").write_text("preprocess:\n  size: [128, 128]\n")
     (tmp_path / "base/parameters_b.yml").write_text("viewer:\n  case: ${runtime_params:case,shown}\n")
 
     def give(**parameters):
-        loader = SimpleNamespace(conf_source=str(tmp_path), base_env="base", runtime_params=parameters)
+        loader = Loader(tmp_path, **parameters)
         hooks.RunHooks().after_context_created(SimpleNamespace(config_loader=loader))
 
     give()

@@ -225,7 +225,6 @@ def test_without_the_sdk_one_error_says_how_to_get_it(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> tuple[dict, dict]:
     """The two documents of the YAML file: the pipeline, and what is Kubernetes's own."""
-    pytest.importorskip("kfp", reason="the extra kubeflow is not installed")
     path = tmp_path_factory.mktemp("compiled") / "new" / "train.yaml"
     compile_yaml(graph(), path)
     pipeline, platform = yaml.safe_load_all(path.read_text())
@@ -314,7 +313,6 @@ def test_nothing_is_installed_when_a_step_starts(compiled):
 
 
 def test_the_command_compiles_the_train_pipeline(tmp_path, monkeypatch):
-    pytest.importorskip("kfp", reason="the extra kubeflow is not installed")
     done = kedro(
         monkeypatch, "kubeflow", "compile", "--pipeline=train", "--env=spider",
         "--image=registry.example.org/lumbarflow:1", f"--output={tmp_path}/t.yaml",
@@ -476,7 +474,6 @@ class _Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def kubeflow(monkeypatch) -> Iterator[FakeKubeflow]:
-    pytest.importorskip("kfp", reason="the extra kubeflow is not installed")
     for name in ("KFP_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     with FakeKubeflow() as server:
@@ -586,7 +583,6 @@ TINY = {
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Graph:
     """A Kedro project of two steps, of which the second refuses five epochs."""
-    pytest.importorskip("kfp", reason="the extra kubeflow is not installed")
     import textwrap
 
     for name, text in TINY.items():
@@ -676,7 +672,6 @@ def copy_of_the_project(folder: Path) -> Path:
 @pytest.mark.integration
 @pytest.mark.timeout(900)  # 2 minutes on two idle cores: eight processes
 def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path):
-    pytest.importorskip("kfp", reason="the extra kubeflow is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(ROOT / "src")
     steps, whole = copy_of_the_project(tmp_path / "steps"), copy_of_the_project(tmp_path / "whole")

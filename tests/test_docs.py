@@ -275,7 +275,7 @@ def _reached(tree: ast.Module, name: str) -> Iterator[ast.AST]:
 
 
 # By any of these a test, or its whole file, can be kept from running in CI.
-_NOT_ALWAYS = {"skip", "skipif", "importorskip", "xfail", "container"}
+_NOT_ALWAYS = {"skip", "skipif", "importorskip", "xfail", "container", "first_run"}
 
 
 def _given_by(test: str) -> set[str]:

@@ -32,15 +32,13 @@ def kedro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(3000)  # 4 minutes with AVX512-BF16, a quarter of an hour on two old cores
-def test_the_default_run_learns(clone):
-    done = kedro(clone, "run", "--pipeline=train")
+def learns(clone: Path, dice: float, *options: str) -> None:
+    done = kedro(clone, "run", "--pipeline=train", *options)
     assert done.returncode == 0, done.stderr
     # Neither TensorFlow nor any other tool has talked over the run's own log.
     assert done.stderr == ""
     summary = json.loads((clone / "data/08_reporting/evaluation_summary.json").read_text())
-    assert summary["mean_foreground_dice"] >= 0.90
+    assert summary["mean_foreground_dice"] >= dice
     registration = json.loads((clone / "data/08_reporting/registration.json").read_text())
     assert registration["promoted"]
     assert (clone / "mlflow.db").is_file(), "the store lies in the project"
@@ -48,6 +46,18 @@ def test_the_default_run_learns(clone):
     start = next(number for number, line in enumerate(lines) if "train finished" in line)
     assert "mean foreground Dice" in lines[start + 1]
     assert "next: kedro mlflow ui" in lines[-1]
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(1800)  # 6 minutes on two cores without AVX512
+def test_the_default_run_learns(clone):
+    learns(clone, 0.75, "--params=training.epochs=6")  # 0.81; all 20 take three times as long
+
+
+@pytest.mark.first_run
+@pytest.mark.timeout(3000)  # 4 minutes with AVX512-BF16, a quarter of an hour without
+def test_the_whole_default_run_reaches_what_the_readme_says(clone):
+    learns(clone, 0.90)
 
 
 @pytest.mark.integration

@@ -147,7 +147,12 @@ def configuration(environment: str) -> Any:
     """The configuration of an environment without conf/local, with paths as they are written."""
     from kedro.config import OmegaConfigLoader
 
-    resolvers = {"oc.env": lambda name, default=None: default, "project": str, "artifact_location": lambda: None}
+    resolvers = {
+        "oc.env": lambda name, default=None: default,
+        "data_root": lambda: "data",
+        "project": str,
+        "artifact_location": lambda: None,
+    }
     return OmegaConfigLoader(
         conf_source=str(ROOT / "conf"),
         env=environment,

@@ -186,6 +186,29 @@ def test_a_stopped_run_says_so_at_the_end_of_the_process(run, monkeypatch):
     assert not at_exit
 
 
+def test_a_storage_that_refuses_keeps_no_other_folder_from_being_taken_over(tmp_path, monkeypatch, caplog):
+    from kedro.io import DataCatalog, DatasetError
+
+    from lumbarflow.datasets import FolderDataset
+
+    released = []
+
+    class Folder(FolderDataset):
+        def _release(self):
+            released.append(self._folder.address)
+            if "bad" in self._folder.address:
+                raise OSError("503 SlowDown")
+
+    catalog = DataCatalog({name: Folder(path=f"{tmp_path}/{name}") for name in ("bad", "good")})
+    run = hooks.RunHooks()
+    for name in ("bad", "good"):
+        run.after_dataset_loaded(name, None)
+    run.on_pipeline_error({}, catalog)  # the run's own error is the one that is told
+    assert len(released) == 2 and "503 SlowDown" in caplog.text
+    with pytest.raises(DatasetError, match="503 SlowDown"):
+        run.after_pipeline_run({}, catalog)
+
+
 class Loader(dict):
     """As much of Kedro's configuration as the hook looks at."""
 

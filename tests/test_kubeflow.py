@@ -391,6 +391,7 @@ class FakeKubeflow(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.namespaces: set[str] = set()
         self.refuses = False
+        self.asks_to_log_in = False
 
     @property
     def address(self) -> str:
@@ -466,7 +467,7 @@ class _Answers(BaseHTTPRequestHandler):
     def _answer(self, values: dict) -> None:
         body = json.dumps(values).encode()
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if self.server.asks_to_log_in else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -523,6 +524,9 @@ def test_the_command_submits(kubeflow, monkeypatch):
 def test_a_server_that_refuses_or_is_not_there_is_named(kubeflow):
     kubeflow.refuses = True
     with pytest.raises(RuntimeError, match=r"http://127.0.0.1:\d+ answered 403 Forbidden.*KFP_TOKEN"):
+        submit(graph(), {}, kubeflow.address, "trials")
+    kubeflow.refuses, kubeflow.asks_to_log_in = False, True
+    with pytest.raises(RuntimeError, match=r"answered a page for people, such as that of a login.*KFP_TOKEN"):
         submit(graph(), {}, kubeflow.address, "trials")
     with pytest.raises(RuntimeError, match=r"http://127.0.0.1:1 does not answer .*; expected Kubeflow Pipelines there"):
         submit(graph(), {}, "http://127.0.0.1:1", "trials")

@@ -126,6 +126,10 @@ def test_sums_do_not_depend_on_the_number_of_blas_threads(workers):
         assert blas_threads("", None) == {2}  # of whoever comes after
 
 
+def test_a_number_may_come_as_a_text():
+    assert Workers.of({"backend": "loky", "workers": "4"}) == Workers("loky", 4)
+
+
 def test_what_is_done_soon_is_done_without_other_processes(monkeypatch):
     monkeypatch.setattr(parallel, "SECONDS_WORTH_PROCESSES", 0.5)
     monkeypatch.setattr(parallel._Processes, "_used", -math.inf)

@@ -276,3 +276,42 @@ def test_pipelines_named_in_the_readme_exist():
     for pipeline, environment in commands:
         assert pipeline in PIPELINES
         assert not environment or (ROOT / "conf" / environment).is_dir()
+
+
+@pytest.mark.parametrize(
+    "given, root",
+    [
+        (None, "data"),
+        ("", "data"),
+        ("/spine/", "/spine"),
+        ("~/spine", "/home/me/spine"),
+        ("s3://b/data/", "s3://b/data"),
+    ],
+)
+def test_one_variable_moves_all_folders(monkeypatch, given, root):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("LUMBARFLOW_DATA", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LUMBARFLOW_DATA", given)
+    loader = settings_loader("spider")
+    assert loader["globals"]["work_dir"] == f"{root}/spider"
+    catalog = loader["catalog"]
+    assert catalog["ingested_series"]["path"] == f"{root}/spider/02_intermediate/series"
+    whole = root if "://" in root or root.startswith("/") else f"{ROOT}/{root}"
+    assert catalog["raw_masks"]["path"] == f"{whole}/01_raw/spider/masks"
+
+
+def settings_loader(environment):
+    from kedro.config import OmegaConfigLoader
+
+    from lumbarflow.settings import CONFIG_LOADER_ARGS
+
+    return OmegaConfigLoader(str(ROOT / "conf"), env=environment, **CONFIG_LOADER_ARGS)
+
+
+def test_git_and_the_image_pass_over_credentials():
+    for name in ("conf/local/credentials.yml", "conf/spider/credentials.yml", "conf/mine/credentials_s3.yml"):
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0, name
+    assert subprocess.run(["git", "check-ignore", "-q", "conf/base/credentials.yml"], cwd=ROOT).returncode == 1
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines.index("!conf") < lines.index("conf/*/credentials*.yml") < lines.index("!conf/base/credentials.yml")

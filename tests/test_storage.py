@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import threading
 import time
 import uuid
 
@@ -212,6 +214,152 @@ def test_it_is_taken_over_while_the_work_goes_on_and_when_it_fails(there):
     assert held(there) == {"a": "1", "b": "2"}
 
 
+def series(folder, version):
+    """Write a series of two files anew, as a store does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("image.npy", "record.json"):
+        (folder / name).write_text(version)
+
+
+@pytest.mark.parametrize("moment", ["image.npy", "record.json"])
+def test_a_series_that_is_made_anew_while_it_is_sent_is_never_published_in_halves(there, monkeypatch, moment):
+    folder = WorkingCopy(there[0])
+    series(folder.path, "first")
+    folder.push()
+    series(folder.path, "the second")
+    real, made = storage._status, []
+
+    def status(path):
+        found = real(path)
+        if path.name == moment and not made:
+            made.append(True)
+            series(folder.path, "the very last")
+        return found
+
+    monkeypatch.setattr(storage, "_status", status)
+    folder.push()
+    assert made and "record.json" not in held(there)
+    folder.push()
+    assert held(there) == {"image.npy": "the very last", "record.json": "the very last"}
+
+
+def test_a_series_that_another_machine_makes_anew_is_read_whole(there, monkeypatch):
+    put(there, image="first", record_json="first")
+    real, made = MemoryFileSystem.get_file, []
+
+    def get_file(filesystem, address, local):
+        real(filesystem, address, local)
+        if not made:
+            made.append(True)
+            put(there, image="second", record_json="second")
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    assert texts(WorkingCopy(there[0]).pull()) == {"image": "second", "record.json": "second"}
+
+
+def test_a_folder_that_is_written_to_all_the_time_is_not_read(there, monkeypatch):
+    put(there, image="1")
+    real, count = MemoryFileSystem.get_file, iter(range(100))
+
+    def get_file(filesystem, address, local):
+        real(filesystem, address, local)
+        put(there, image=str(next(count)))
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    with pytest.raises(StorageError, match="scans: changes while it is read; expected nobody to write there now"):
+        WorkingCopy(there[0]).pull()
+
+
+def test_of_two_versions_none_is_put_together(there):
+    folder = WorkingCopy(there[0])
+    series(folder.path, "p1")
+    folder.push()
+    series(folder.path, "mine")
+    put(there, record_json="theirs")  # with the same image as before
+    assert texts(folder.pull()) == {"image.npy": "p1", "record.json": "theirs"}
+
+
+def test_an_interrupted_pull_is_taken_up_again_and_removes_nothing_there(there, monkeypatch):
+    put(there, image="1", record_json="1")
+    folder = WorkingCopy(there[0])
+    folder.pull()
+    put(there, image="2", record_json="2")
+
+    def refuse(*arguments, **options):
+        raise ConnectionResetError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MemoryFileSystem, "get_file", refuse)
+        with pytest.raises(StorageError, match="cannot read there"):
+            folder.pull()
+    assert "record.json" not in texts(folder.path), "it spoke for another image"
+    folder.push()
+    assert held(there) == {"image": "2", "record.json": "2"}
+    assert texts(folder.pull()) == held(there)
+
+
+def test_a_copy_that_was_cleaned_up_removes_nothing_there(there):
+    put(there, a="1")
+    folder = WorkingCopy(there[0])
+    with pytest.raises(StorageError, match="copy .* is gone; nothing is removed there"), folder.pushing():
+        shutil.rmtree(folder.pull())
+    assert held(there) == {"a": "1"}
+
+
+def test_a_folder_can_be_kept_from_losing_anything(there):
+    put(there, a="1", b="2")
+    folder = WorkingCopy(there[0])
+    with folder.pushing(remove=False):
+        (folder.pull() / "a").unlink()
+    assert held(there) == {"a": "1", "b": "2"}
+
+
+def test_the_works_own_error_is_the_one_that_is_told(there, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise ConnectionResetError("gone")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
+    folder = WorkingCopy(there[0])
+    with pytest.raises(ValueError, match="NaN"), folder.pushing():
+        series(folder.path, "first")
+        raise ValueError("NaN")
+    assert "cannot write there (ConnectionResetError: gone)" in caplog.text
+
+
+def test_two_data_sets_of_one_folder_send_a_file_once(there, watched):
+    one, other = WorkingCopy(there[0]), WorkingCopy(there[0])
+    series(one.path, "first")
+    threads = [threading.Thread(target=folder.push) for folder in (one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(watched.asked) == [("put_file", "image.npy"), ("put_file", "record.json")]
+
+
+def test_a_storage_that_marks_no_change_is_refused(there, monkeypatch):
+    put(there, a="1")
+    monkeypatch.setattr(storage, "_MARKS", ("ETag",))
+    with pytest.raises(StorageError, match="scans/a: its storage does not say when a file has changed"):
+        WorkingCopy(there[0]).pull()
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=r"its copy in .*/file cannot be used .*LUMBARFLOW_CACHE"):
+        WorkingCopy("memory://a/b").pull()
+
+
+def test_whether_anything_complete_is_there_is_known_without_fetching_it(there, watched):
+    folder = WorkingCopy(there[0])
+    put(there, image="1")
+    assert not folder.exists()
+    put(there, s__record_json="1")
+    assert folder.exists()
+    assert watched.asked == []
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "a\\..\\x"])
 def test_a_name_that_leads_out_of_the_folder_is_passed_over(there, name):
     address, filesystem = there
@@ -255,6 +403,11 @@ def test_credentials_hold_for_the_process_and_travel_with_the_folder(cache, monk
     sent = pickle.dumps(WorkingCopy("s3://bucket/x"))
     monkeypatch.setattr(fsspec.config, "conf", {})
     assert pickle.loads(sent)._options == {"key": "me", "secret": "hush"}
+    set_credentials({"s3": {"key": "me"}})
+    set_credentials({})
+    assert fsspec.config.conf == {}, "of another environment, earlier in this process"
+    with pytest.raises(ValueError, match="storage is no section"):
+        set_credentials("hush")
     with pytest.raises(ValueError, match="storage.s3 is no section; expected what fsspec's file system s3") as error:
         set_credentials({"s3": "hush"})
     assert "hush" not in str(error.value)

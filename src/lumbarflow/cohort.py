@@ -25,6 +25,7 @@ from lumbarflow.imaging import (
 )
 from lumbarflow.intensity import Normalisation
 from lumbarflow.labels import FOREGROUND, LabelTable, UnknownLabelError, class_counts
+from lumbarflow.storage import is_storage_error
 
 # What overview.csv says of a synthetic series (phantom.py writes it): the registry tells them from real ones by it.
 SYNTHETIC_MARK = "synthetic"
@@ -196,6 +197,8 @@ def ingest_scan(
     except MemoryError:
         raise
     except Exception as error:  # a series that fails in a way nobody foresaw is still only that series
+        if is_storage_error(error):
+            raise
         return {
             "record.json": record
             | {
@@ -288,6 +291,8 @@ def read_external_mask(
     except MemoryError:
         raise
     except Exception as error:
+        if is_storage_error(error):
+            raise
         if not isinstance(error, SeriesRejected):  # nobody foresaw it; still it is only that series
             found = f"{type(error).__name__}: {error}"
             outcome["key"] = None  # tried again next time: the cause may pass

@@ -45,6 +45,11 @@ def _is_no_absent_file(record: logging.LogRecord) -> bool:
     return not any(isinstance(cause, FileNotFoundError) for error in errors for cause in (error, error.__cause__))
 
 
+def data_root() -> str:
+    """Where all folders lie that are not named one by one: the variable LUMBARFLOW_DATA, or `data` in the project."""
+    return os.path.expanduser(os.environ.get("LUMBARFLOW_DATA", "").rstrip("/") or "data")
+
+
 def project_path(name: str | int) -> str:
     """The absolute path of `name`, relative to the project's root from whichever of its folders Kedro is called.
 

@@ -16,7 +16,7 @@ import yaml
 from kedro.config import MissingConfigException
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
-from kedro.io import CatalogProtocol
+from kedro.io import CatalogProtocol, DatasetError
 from kedro.pipeline.node import Node
 
 from lumbarflow import storage, summary, tracking
@@ -122,7 +122,8 @@ class RunHooks:
     @hook_impl
     def after_pipeline_run(self, run_params: dict[str, Any], catalog: CatalogProtocol) -> None:
         atexit.unregister(self._stopped)
-        self._take_over(catalog)
+        if failed := self._take_over(catalog):
+            raise failed
         names, part = _names(run_params), _is_part(run_params)
         title = f"a part of {' + '.join(names)}" if part else " + ".join(names)
         logger.info("--- %s finished in %s", title, duration(time.monotonic() - self._start))
@@ -159,13 +160,22 @@ class RunHooks:
             logger.info(line)
         logger.info("next: %sgive the same command again, which goes on from there", before)
 
-    def _take_over(self, catalog: CatalogProtocol) -> None:
-        """Let other storage have what nodes wrote into working copies of its folders: Kedro tells them of no end."""
+    def _take_over(self, catalog: CatalogProtocol) -> DatasetError | None:
+        """Let other storage have what nodes wrote into copies of its folders, and return what failed.
+
+        Kedro tells these data sets of no end.
+        """
         from lumbarflow.datasets import FolderDataset  # and with it pandas: not for every command
 
+        failed = None
         for dataset in (catalog.get(name) for name in self._loaded):
-            if isinstance(dataset, FolderDataset):
-                dataset.release()
+            try:
+                if isinstance(dataset, FolderDataset):
+                    dataset.release()
+            except DatasetError as error:
+                logger.error("%s", error.__cause__ or error)
+                failed = failed or error
+        return failed
 
     def _account(self, catalog: CatalogProtocol) -> list[str]:
         """What was read, left out and written, one line each; none about nothing."""

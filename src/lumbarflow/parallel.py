@@ -122,6 +122,8 @@ class Workers:
     def of(cls, settings: Mapping[str, Any]) -> Workers:
         """From the settings that SETTINGS names. Raises ValueError."""
         check_names(settings, SETTINGS, "parallel")
+        if isinstance(workers := settings.get("workers"), str) and workers.isdigit():  # as Kubeflow's form gives it
+            settings = {**settings, "workers": int(workers)}
         return cls(**settings)
 
     def run(

@@ -6,7 +6,7 @@ import kedro_mlflow  # noqa: F401  (sets its own log level when imported: first,
 from kedro.config import OmegaConfigLoader
 from omegaconf.resolvers import oc
 
-from lumbarflow.config import artifact_location, project_path, quiet_tools
+from lumbarflow.config import artifact_location, data_root, project_path, quiet_tools
 from lumbarflow.hooks import RunHooks
 
 logging.getLogger("kedro_mlflow").setLevel(logging.WARNING)
@@ -21,5 +21,10 @@ CONFIG_LOADER_ARGS = {
     "default_run_env": "local",
     # An environment states only what differs from base: nested parameters are merged, not replaced.
     "merge_strategy": {"parameters": "soft", "globals": "soft"},
-    "custom_resolvers": {"oc.env": oc.env, "project": project_path, "artifact_location": artifact_location},
+    "custom_resolvers": {
+        "oc.env": oc.env,
+        "data_root": data_root,
+        "project": project_path,
+        "artifact_location": artifact_location,
+    },
 }

@@ -123,3 +123,9 @@ def test_a_hidden_folder_above_hides_nothing(make_volume, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for path in (str(tmp_path / ".cache/images"), ".cache/images", "./.cache/../.cache/images"):
         assert list(FileFolderDataset(path=path, dataset="lumbarflow.datasets.VolumeDataset").load()) == ["1_t2.mha"]
+
+
+def test_a_volume_that_is_not_on_its_storage_is_named_by_its_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUMBARFLOW_CACHE", str(tmp_path))
+    with pytest.raises(DatasetError, match="memory://nowhere/1_t2.mha: no such file; expected"):
+        VolumeDataset(filepath="memory://nowhere/1_t2.mha").load()

@@ -49,17 +49,29 @@ class FolderDataset(AbstractDataset[None, Path]):
         training_folder:
           type: lumbarflow.datasets.FolderDataset
           path: data/06_models/training
+
+    Args:
+        path: the folder.
+        remove: whether another storage loses what is removed here.
     """
 
-    def __init__(self, *, path: str, credentials: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        *,
+        path: str,
+        remove: bool = True,
+        credentials: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
         self._folder = WorkingCopy(path, credentials)
+        self._remove = remove
         self._pushing = ExitStack()
         self.metadata = metadata
 
     def load(self) -> Path:
         self._release()
         self._folder.pull()
-        return self._pushing.enter_context(self._folder.pushing())
+        return self._pushing.enter_context(self._folder.pushing(remove=self._remove))
 
     def save(self, data: None) -> None:
         raise DatasetError(f"{self._folder.address}: this folder is filled by the node that is given its path")

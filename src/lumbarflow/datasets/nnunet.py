@@ -48,4 +48,4 @@ class NnunetDataset(AbstractDataset[Export, NnunetStore]):
         return {"path": self._folder.address}
 
     def _exists(self) -> bool:
-        return bool(self.load().series())
+        return self._folder.exists() if self._folder.is_remote else bool(self.load().series())

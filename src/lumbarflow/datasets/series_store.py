@@ -74,7 +74,7 @@ class SeriesStoreDataset(AbstractDataset[Mapping[str, Work], SeriesStore]):
         return {"path": self._folder.address, "description": self._description}
 
     def _exists(self) -> bool:
-        return bool(self.load().series())
+        return self._folder.exists() if self._folder.is_remote else bool(self.load().series())
 
 
 class SyntheticCohortDataset(SeriesStoreDataset):

@@ -10,7 +10,7 @@ from kedro.io import AbstractDataset
 from kedro_datasets.partitions import PartitionedDataset
 
 from lumbarflow.files import file_digest
-from lumbarflow.imaging import LabelMap, Volume, read_volume, volume_files, write_volume, written_files
+from lumbarflow.imaging import LabelMap, Volume, VolumeError, read_volume, volume_files, write_volume, written_files
 from lumbarflow.storage import WorkingCopy, errors_told, folder_of, is_remote, joined
 
 KINDS = {"image": Volume, "labels": LabelMap}
@@ -19,6 +19,10 @@ KINDS = {"image": Volume, "labels": LabelMap}
 def _pulled(folder: WorkingCopy, name: str) -> list[Path]:
     """A volume's files on this machine, the named one first."""
     folder.pull([name])
+    if folder.is_remote and not (folder.path / name).is_file():
+        raise VolumeError(
+            joined(folder.address, name), "no such file", "an existing file", "Restore it from the source."
+        )
     files = volume_files(folder.path / name)
     if len(files) > 1:
         folder.pull([file.name for file in files])

@@ -209,6 +209,8 @@ def _look_for_server(host: str, token: str | None) -> None:
         ) from error
     if not answer.ok:
         raise RuntimeError(_refused(host, f"{answer.status_code} {answer.reason}"))
+    if "json" not in answer.headers.get("Content-Type", ""):
+        raise RuntimeError(_refused(host, "a page for people, such as that of a login"))
 
 
 def _refused(host: str, answer: str) -> str:

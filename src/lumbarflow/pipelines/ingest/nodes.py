@@ -26,6 +26,7 @@ from lumbarflow.imaging import LabelMap, Volume, VolumeError
 from lumbarflow.labels import LabelTable
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
+from lumbarflow.storage import is_storage_error
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,6 @@ def digest_of(digests: Files, name: str | None) -> str | None:
     try:
         return digests[name]()
     except Exception as error:  # an unreadable file is reported when it is read, not here
-        if not isinstance(error.__cause__, (OSError, VolumeError)):
+        if is_storage_error(error) or not isinstance(error.__cause__, (OSError, VolumeError)):
             raise
         return f"unreadable: {type(error.__cause__).__name__}"

@@ -143,9 +143,10 @@ def _comments(lines: list[str], line: int, value: yaml.Node) -> str:
     return " ".join(part for part in parts if "---" not in part)
 
 
-def configuration(environment: str) -> Any:
-    """The configuration of an environment without conf/local, with paths as they are written."""
+def configuration(environment: str) -> dict[str, Any]:
+    """Catalog, globals and parameters of an environment without conf/local, with paths as they are written."""
     from kedro.config import OmegaConfigLoader
+    from omegaconf import OmegaConf
 
     resolvers = {
         "oc.env": lambda name, default=None: default,
@@ -153,14 +154,24 @@ def configuration(environment: str) -> Any:
         "project": str,
         "artifact_location": lambda: None,
     }
-    return OmegaConfigLoader(
-        conf_source=str(ROOT / "conf"),
-        env=environment,
-        base_env="base",
-        default_run_env="base",
-        merge_strategy={"parameters": "soft", "globals": "soft"},
-        custom_resolvers=resolvers,
-    )
+
+    def forget() -> None:
+        for name in resolvers:
+            OmegaConf.clear_resolver(name)
+
+    forget()  # Kedro keeps the first of each name for the whole process, whether ours or a run's
+    try:
+        loader = OmegaConfigLoader(
+            conf_source=str(ROOT / "conf"),
+            env=environment,
+            base_env="base",
+            default_run_env="base",
+            merge_strategy={"parameters": "soft", "globals": "soft"},
+            custom_resolvers=resolvers,
+        )
+        return {name: loader[name] for name in ("catalog", "globals", "parameters")}
+    finally:
+        forget()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -325,17 +325,13 @@ def test_a_test_that_gives_a_command_gives_it_itself(tmp_path, monkeypatch):
         "@pytest.mark.skip\ndef test_c():\n    pass\n"
         "def test_e():\n    skip('never')\ndef test_f():\n    pytest.importorskip('antigravity')\n"
         "@pytest.mark.container\ndef test_g():\n    pass\n"
+        "@pytest.mark.first_run\ndef test_i():\n    pass\n@pytest.mark.xfail\ndef test_j():\n    pass\n"
+        "@pytest.mark.skipif(True, reason='never')\ndef test_k():\n    pass\n"
     )
     (tmp_path / "test_y.py").write_text("pytestmark = pytest.mark.skip\ndef test_h():\n    pass\n")
     assert _given_by("test_x.py::test_a") == {"kedro viz run", "fit", ".venv/bin/kedro run --pipeline=fit"}
     assert _given_by("test_x.py::test_b") == {"tune", ".venv/bin/kedro run --pipeline=tune"}
-    for test in (
-        "test_x.py::test_c",
-        "test_x.py::test_e",
-        "test_x.py::test_f",
-        "test_x.py::test_g",
-        "test_y.py::test_h",
-    ):
+    for test in (*(f"test_x.py::test_{letter}" for letter in "cefgijk"), "test_y.py::test_h"):
         with pytest.raises(AssertionError, match=f"{test} is not always run"):
             _given_by(test)
     with pytest.raises(AssertionError, match="no such test"):

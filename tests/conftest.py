@@ -34,6 +34,22 @@ def give_up() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
+def small_settings() -> dict:
+    """A cohort and a net small enough for a run in a test; everything else is as in the users' configuration."""
+    return {
+        "synthesize": {"patients": 8, "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0}},
+        "preprocess": {"size": [64, 64]},
+        "model": {
+            "encoder_widths": [8, 16, 24, 32, 48, 64],
+            "decoder_widths": [32, 24, 16, 8],
+            "encoder_dropouts": [0, 0, 0, 0, 0, 0],
+            "decoder_dropouts": [0, 0, 0, 0],
+        },
+        "training": {"precision": "float32", "epochs": 30, "batch_size": 4, "learning_rate": 3.0e-3},
+    }
+
+
+@pytest.fixture(scope="session")
 def artefacts() -> Path:
     """Where tests leave what a person may want to look at, such as screenshots; kept after the run, not in git."""
     folder = Path(__file__).parents[1] / "test-artefacts"

@@ -650,35 +650,22 @@ def test_a_step_that_fails_stops_the_run_at_once(tiny, tmp_path, capfd):
     assert not (tmp_path / "data/checked.json").exists()
 
 
-SMALL = {
-    "synthesize": {"patients": 8, "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0}},
-    "preprocess": {"size": [64, 64]},
-    "model": {
-        "encoder_widths": [8, 16, 24, 32, 48, 64],
-        "decoder_widths": [32, 24, 16, 8],
-        "encoder_dropouts": [0, 0, 0, 0, 0, 0],
-        "decoder_dropouts": [0, 0, 0, 0],
-    },
-    "training": {"precision": "float32", "epochs": 9, "batch_size": 4, "learning_rate": 3.0e-3},
-}
-
-
-def copy_of_the_project(folder: Path) -> Path:
+def copy_of_the_project(folder: Path, settings: dict) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", ".telemetry", "conf"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     (folder / "src").mkdir()
-    (folder / "conf/local/parameters_small.yml").write_text(yaml.safe_dump(SMALL))
+    (folder / "conf/local/parameters_small.yml").write_text(yaml.safe_dump(settings))
     return folder
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(900)  # 2 minutes on two idle cores: eight processes
-def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path):
+def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path, small_settings):
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(ROOT / "src")
-    steps, whole = copy_of_the_project(tmp_path / "steps"), copy_of_the_project(tmp_path / "whole")
+    steps, whole = (copy_of_the_project(tmp_path / name, small_settings) for name in ("steps", "whole"))
     lines = {
         steps: ".venv/bin/kedro kubeflow run-local --pipeline=train",
         whole: ".venv/bin/kedro run --pipeline=train",

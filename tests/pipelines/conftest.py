@@ -16,19 +16,6 @@ from lumbarflow.imaging import LabelMap, Volume, write_volume
 
 ROOT = Path(__file__).parents[2]
 
-# A cohort and a net small enough for a test; everything else is as in the configuration that users run.
-SMALL = {
-    "synthesize": {"patients": 8, "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0}},
-    "preprocess": {"size": [64, 64]},
-    "model": {
-        "encoder_widths": [8, 16, 24, 32, 48, 64],
-        "decoder_widths": [32, 24, 16, 8],
-        "encoder_dropouts": [0, 0, 0, 0, 0, 0],
-        "decoder_dropouts": [0, 0, 0, 0],
-    },
-    "training": {"precision": "float32", "epochs": 30, "batch_size": 4, "learning_rate": 3.0e-3},
-}
-
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,13 +41,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) 
 
 
 @pytest.fixture
-def make_small(project: Path) -> Callable[[str], None]:
+def make_small(project: Path, small_settings: dict[str, Any]) -> Callable[[str], None]:
     """Put the small settings into an environment of the project."""
 
     def write(environment: str) -> None:
         folder = project / "conf" / environment
         folder.mkdir(exist_ok=True)
-        (folder / "parameters_small.yml").write_text(yaml.safe_dump(SMALL))
+        (folder / "parameters_small.yml").write_text(yaml.safe_dump(small_settings))
 
     return write
 

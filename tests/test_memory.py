@@ -135,3 +135,9 @@ def test_the_papers_measures_of_three_times_the_slices_take_the_same_memory(tmp_
 
     few, many = peak(800), peak(2400)
     assert many < 1.1 * few
+
+
+def test_tables_give_their_memory_back():
+    code = "import lumbarflow, pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "system"

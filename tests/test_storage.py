@@ -199,6 +199,21 @@ def test_a_change_on_both_sides_is_told_of(there, caplog):
     assert "scans/a has changed there and here; here it is replaced" in caplog.text
 
 
+def test_what_takes_long_to_send_is_sent_less_often(there, monkeypatch):
+    folder, begun, twice = WorkingCopy(there[0]), [], threading.Event()
+
+    def slow_push(**_):
+        begun.append(time.monotonic())
+        if len(begun) == 2:
+            twice.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(folder, "push", slow_push)
+    with folder.pushing(0.01):
+        assert twice.wait(30)
+    assert begun[1] - begun[0] >= 0.05 + 9 * 0.05
+
+
 def test_it_is_taken_over_while_the_work_goes_on_and_when_it_fails(there):
     folder = WorkingCopy(there[0])
     with pytest.raises(RuntimeError, match="the work"), folder.pushing(0.01) as path:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lumbarflow.files import PARTIAL
 from lumbarflow.imaging import LabelMap, write_volume
 from lumbarflow.store import SeriesStore, SpiderLayoutStore, Work
 
@@ -137,6 +140,35 @@ def test_an_interruption_costs_the_series_in_hand_alone(store, maker):
     assert {path.name for path in store.root.iterdir()} == {"1_t2", "2_t2"}
     update = store.update(work | {"2_t2": maker.work("2_t2", "k")})
     assert update.made == ["2_t2", "3_t2"] and update.reused == ["1_t2"]
+
+
+@pytest.fixture
+def somebody_writes(monkeypatch):
+    """Lets another run put a file into each folder that is removed, the given number of times."""
+    remove, left = shutil.rmtree, []
+
+    def removed(path, *args, **kwargs):
+        remove(path, *args, **kwargs)
+        if left and not Path(path).name.startswith(PARTIAL):
+            left.pop()
+            Path(path).mkdir()
+            (Path(path) / "another's").touch()
+
+    monkeypatch.setattr("lumbarflow.store.shutil.rmtree", removed)
+    return left
+
+
+def test_a_folder_in_which_another_run_writes_is_replaced(store, maker, somebody_writes):
+    somebody_writes += [1, 2]
+    assert store.update({"1_t2": maker.work("1_t2", "k")}).made == ["1_t2"]
+    assert store.record("1_t2")["key"] == "k" and not store.path("1_t2", "another's").exists()
+
+
+def test_a_folder_in_which_another_run_writes_all_the_time_is_an_error(store, maker, somebody_writes):
+    somebody_writes += range(100)
+    with pytest.raises(OSError, match="not empty"):
+        store.update({"1_t2": maker.work("1_t2", "k")})
+    assert {path.name for path in store.root.iterdir()} == {"1_t2"}
 
 
 def test_a_value_that_cannot_be_written_leaves_no_folder(store):

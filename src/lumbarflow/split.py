@@ -41,7 +41,8 @@ def split_slices(series_index: pd.DataFrame, settings: Mapping[str, Any]) -> pd.
             f"split.validation_is_test goes with split.method 'slice' only, not {method!r}: "
             "choosing a checkpoint on test patients would spoil their figures"
         )
-    slices = series_index.loc[series_index.index.repeat(series_index["n_slices"])].copy()
+    named = series_index[["patient", "sequence", "series"]]
+    slices = named.loc[named.index.repeat(series_index["n_slices"])].copy()
     slices["slice"] = slices.groupby("series", sort=False).cumcount()
     if method == "slice":
         split = _by_slice(slices, settings)

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ CACHE = "LUMBARFLOW_CACHE"
 _SEPARATOR = "://"
 _TRANSFERS = 8  # at once
 _UNSTEADY = (-1, -1)  # a file's status, if it changed while others were looked at
+_PAUSE_TO_PUSH = 9  # so that a tenth of the time is spent on sending, at most
 _TRIES = 5  # to read what others write to
 # Of copies: data sets of one run may share one.
 _LOCKS: defaultdict[Path, threading.RLock] = defaultdict(threading.RLock)
@@ -246,19 +248,31 @@ class WorkingCopy:
 
     @contextmanager
     def pushing(self, seconds: float = 60, remove: bool = True) -> Iterator[Path]:
-        """Take over what is written meanwhile: at intervals, so that a machine that dies costs no more than that, and
-        at the end, whatever the end is."""
+        """Take over what is written meanwhile: at intervals, so that a machine that dies costs little more, and at the
+        end, whatever the end is.
+
+        Args:
+            seconds: of an interval. Nine times as long as the last push took, where that is more: a file that grows by
+                and by, such as a large download, is sent whole each time.
+            remove: as in `push`.
+        """
         if not self.is_remote:
             yield self.path
             return
         over = threading.Event()
 
         def push_at_intervals() -> None:
-            while not over.wait(seconds):
+            pause = seconds
+            while not over.wait(pause):
+                start = time.monotonic()
                 try:
                     self.push(remove=remove)
-                except StorageError as error:
-                    logger.warning("%s Tried again in %.0f s.", error, seconds)
+                    error = None
+                except StorageError as failure:
+                    error = failure
+                pause = max(seconds, _PAUSE_TO_PUSH * (time.monotonic() - start))
+                if error:
+                    logger.warning("%s Tried again in %.0f s.", error, pause)
 
         thread = threading.Thread(target=push_at_intervals, daemon=True)
         thread.start()

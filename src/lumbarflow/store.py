@@ -7,6 +7,7 @@ by one rename when it is complete: an interrupted run loses the series in hand a
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from lumbarflow.progress import track
 logger = logging.getLogger(__name__)
 
 RECORD = "record.json"
+
+_TRIES = 5  # to replace a folder in which another run writes
 
 
 @dataclass(frozen=True)
@@ -187,13 +190,23 @@ class SeriesStore:
                 else:
                     write_json(partial / name, value)
             partial.chmod(0o755)
-            final = self.root / series
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            _replace_folder(partial, self.root / series)
             if work.done is not None and self._key(series) == work.key:
                 work.done()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, old: Path) -> None:
+    """Put a folder in another's place, whatever another run writes or fetches there meanwhile."""
+    for left in reversed(range(_TRIES)):
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            new.rename(old)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not left:
+                raise
 
 
 class Records(Mapping[str, dict]):

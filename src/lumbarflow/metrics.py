@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from lumbarflow.labels import CLASS_COUNT, CLASSES, FOREGROUND
 from lumbarflow.parameters import check_names
@@ -173,6 +172,8 @@ def count_components(
         minimum_iou: above 0.
         minimum_voxels: smaller components, the specks, take no part.
     """
+    from scipy.optimize import linear_sum_assignment  # here: takes long to import, and is needed by evaluations alone
+
     box = bounding_box(reference | prediction)
     sides = [_components(mask[box], minimum_voxels) for mask in (reference, prediction)]
     (reference_labels, reference_sizes, reference_specks), (labels, sizes, specks) = sides

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lumbarflow.labels import CLASSES, FOREGROUND
 from lumbarflow.metrics import MEAN_FOREGROUND, class_scores
@@ -208,6 +207,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 def _signed_rank(differences: np.ndarray) -> dict[str, float]:
     """Statistic, p and the smallest possible p of paired differences without NaN."""
+    from scipy import stats  # here: every command imports this module, and few compare models
+
     differing = differences[differences != 0]
     if not len(differing):
         return {"statistic": 0.0, "p": 1.0, "p_smallest": 1.0} if len(differences) else dict.fromkeys(_TEST, np.nan)

@@ -54,8 +54,9 @@ def make_small(project: Path, small_settings: dict[str, Any]) -> Callable[[str],
 
 @pytest.fixture
 def kedro_run(project: Path, make_small: Callable[[str], None]) -> Callable[..., Any]:
-    """Run a pipeline as `kedro run` does, and return the catalog."""
+    """Run a pipeline as `kedro run` does, and return its catalog."""
     import mlflow
+    from kedro.framework.hooks import hook_impl
     from kedro.framework.session import KedroSession
     from kedro.framework.startup import bootstrap_project
     from kedro_mlflow.framework.hooks import mlflow_hook
@@ -64,14 +65,21 @@ def kedro_run(project: Path, make_small: Callable[[str], None]) -> Callable[...,
     bootstrap_project(project)
     former = mlflow.get_tracking_uri()
 
+    class Seen:
+        @hook_impl
+        def after_catalog_created(self, catalog):
+            self.catalog = catalog
+
     def run(pipeline: str, environment: str | None = None, **parameters: Any) -> Any:
         # kedro-mlflow's one hook object remembers the last run's id; in a process of its own it has none.
         mlflow_hook.run_id = None
         while mlflow.active_run():
             mlflow.end_run()
         with KedroSession.create(project_path=project, env=environment, runtime_params=parameters) as session:
+            seen = Seen()  # the run's own catalog: to make another one takes a second
+            session._hook_manager.register(seen)
             session.run(pipeline_names=[pipeline])
-            return session.load_context().catalog
+            return seen.catalog
 
     yield run
     while mlflow.active_run():

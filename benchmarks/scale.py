@@ -1,6 +1,6 @@
 """Time and peak anonymous memory of the pipelines with 10, 100 and 1000 series, and how both grow.
 
-    python benchmarks/scale.py [--series 10 100 1000] [--workers 1] [--nodes]
+    python benchmarks/scale.py [--series 10 100 1000] [--workers 1] [--nodes] [--until evaluate]
     python benchmarks/scale.py --raw-dir DIR [--size 256]
 
 The pipelines themselves, with the whole catalog, each in a process of its own: synthesize (one series a patient, about
@@ -30,7 +30,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from memory import Watch, is_told
@@ -190,6 +189,8 @@ def show_growth(counts: list[int], figures: dict[int, dict[str, dict]], named: s
 
 
 def synthetic(arguments) -> None:
+    import pandas as pd  # not in the processes that are measured, where the project decides how tables are kept
+
     counts = sorted(arguments.series)
     figures: dict[int, dict[str, dict]] = {}
     rates: dict[int, float] = {}
@@ -199,7 +200,7 @@ def synthetic(arguments) -> None:
             project = Path(scratch)
             make_project(project, SMALL | {"synthesize": SMALL["synthesize"] | {"patients": count}}, arguments.workers)
             figures[count] = {}
-            for step in STEPS:
+            for step in STEPS[: STEPS.index(arguments.until) + 1]:
                 row = figures[count][step] = measure(step, project, arguments)
                 print(
                     f"{count:>7}  {step:<12}{row['seconds']:>9.2f}{row['seconds'] / count:>10.4f}{row['start']:>8.1f}"
@@ -208,8 +209,9 @@ def synthetic(arguments) -> None:
                 )
                 for node, of in row["nodes"].items() if arguments.nodes else ():
                     print(f"{'':<11}{node:<24}{of['seconds']:>8.2f}{'':>17}{of['peaks'][0]:>10.0f}", flush=True)
-            history = pd.read_csv(project / "data/08_reporting/training_history.csv")
-            rates[count] = history["slices_per_second"].iloc[-1]
+            if "fit" in figures[count]:
+                history = pd.read_csv(project / "data/08_reporting/training_history.csv")
+                rates[count] = history["slices_per_second"].iloc[-1]
             if count == counts[-1]:
                 show_layers(project, count)
     if len(counts) < 2:
@@ -219,9 +221,10 @@ def synthetic(arguments) -> None:
                  for count, rows in figures.items()}  # fmt: skip
         show_growth(counts, nodes, "node")
     show_growth(counts, figures, "step")
-    shown = ", ".join(f"{rate:.0f}" for rate in rates.values())
-    print(f"fit, after its first step: {shown} slices a second; building the graph takes most of its time before")
-    ours = STEPS[1:]  # Making the series would hide the others.
+    if rates:
+        shown = ", ".join(f"{rate:.0f}" for rate in rates.values())
+        print(f"fit, after its first step: {shown} slices a second; building the graph takes most of its time before")
+    ours = [step for step in figures[counts[0]] if step != STEPS[0]]  # Making the series would hide the others.
     whole = [sum(figures[count][step]["seconds"] for step in ours) for count in counts]
     highest = [max(figures[count][step]["peaks"][0] for step in ours) for count in counts]
     seconds, numbers = ", ".join(f"{one:.0f} s" for one in whole), ", ".join(map(str, counts))
@@ -254,6 +257,7 @@ def main() -> None:
     parser.add_argument("--series", type=int, nargs="+", default=[10, 100, 1000], help="from 10 on")
     parser.add_argument("--workers", type=lambda text: text if text == "all" else int(text), default=1)
     parser.add_argument("--nodes", action="store_true", help="the nodes of each pipeline too")
+    parser.add_argument("--until", choices=STEPS[1:], default=STEPS[-1], help="the last pipeline that is run")
     parser.add_argument("--profile", type=Path, help="folder for cProfile's figures of each pipeline; slows them")
     parser.add_argument("--raw-dir", type=Path, help="real scans: images/ and masks/ with equal file names")
     parser.add_argument("--size", type=int, default=256, help="rows and columns of the net's input, with --raw-dir")

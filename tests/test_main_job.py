@@ -51,7 +51,7 @@ def learns(clone: Path, dice: float, *options: str) -> None:
 @pytest.mark.integration
 @pytest.mark.timeout(1800)  # 4 minutes on two cores without AVX512
 def test_the_default_run_learns(clone):
-    learns(clone, 0.6, "--params=training.epochs=4")  # all 20 take a quarter of an hour
+    learns(clone, 0.65, "--params=training.epochs=4")  # 0.73; all 20 take five times as long
 
 
 @pytest.mark.first_run

@@ -20,6 +20,11 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_converted(monkeypatch):
+    monkeypatch.setattr(networks, "_converted", {})
+
+
 def scrambled(name, channels=1, **settings):
     """A net none of whose weights, moving averages included, is what a new one has."""
     net = models.build(name, SIZE, channels, 4, **settings)
@@ -64,8 +69,30 @@ def test_a_net_of_bfloat16_becomes_a_graph_of_float32():
 
 def test_the_same_net_computes_the_same_bits_whenever_it_is_converted():
     net = scrambled("modified_unet", **SMALL)
-    one, other = (networks.for_inference(net).predict(images(), 3) for _ in range(2))
-    np.testing.assert_array_equal(one, other)
+    one = networks.for_inference(net).predict(images(), 3)
+    networks._converted.clear()
+    np.testing.assert_array_equal(networks.for_inference(net).predict(images(), 3), one)
+
+
+def test_what_one_command_evaluates_and_registers_is_converted_once(monkeypatch, tmp_path):
+    conversions = []
+    convert = networks._convert
+    monkeypatch.setattr(networks, "_convert", lambda net: conversions.append(net) or convert(net))
+    net = scrambled("modified_unet", **SMALL)
+    graph = networks.to_onnx(net)
+    networks.save_model(net, tmp_path / "net.keras")
+    assert networks.to_onnx(networks.load_model(tmp_path / "net.keras")) is graph
+    assert len(conversions) == 1
+
+    # Another net of the same shape, and the same weights in a net that computes something else with them.
+    retrained = networks.uncompiled(net)
+    retrained.set_weights([0.9 * weight for weight in net.get_weights()])
+    leakier = models.build("modified_unet", SIZE, 1, 4, leaky_relu_slope=0.3, **SMALL)
+    leakier.set_weights(net.get_weights())
+    for other in (retrained, leakier, net):
+        expected = other.predict(images(), verbose=0)
+        np.testing.assert_allclose(networks.for_inference(other).predict(images()), expected, atol=1e-5)
+    assert conversions[1:] == [retrained, leakier, net]
 
 
 def test_a_net_that_onnx_cannot_express_stays_with_keras(caplog, capfd):

@@ -16,7 +16,7 @@ from lumbarflow.batches import SliceBatches
 from lumbarflow.checkpoint import Checkpoint
 from lumbarflow.devices import Devices
 from lumbarflow.files import PARTIAL
-from lumbarflow.networks import save_model
+from lumbarflow.networks import save_model, uncompiled
 from lumbarflow.progress import duration, track
 from lumbarflow.training_settings import TrainingSettings
 
@@ -76,12 +76,12 @@ class Epochs(keras.callbacks.Callback):
 
     Args:
         settings, train, validation, devices, output, on_epoch: as in `training.fit`.
-        served: the compiled net that is validated and saved.
+        served: the compiled net that is validated.
         facts: what is written into every checkpoint: key, code and hardware of the training.
         found: the checkpoint to go on from.
         started: time.monotonic() of the call.
     Attributes:
-        history, best_epoch, best_weights, stopped_by, startup_seconds: as in `training.TrainingResult`.
+        history, best_epoch, stopped_by, startup_seconds: as in `training.TrainingResult`.
     """
 
     def __init__(
@@ -102,7 +102,9 @@ class Epochs(keras.callbacks.Callback):
         self.devices, self.output, self.on_epoch, self.facts = devices, output, on_epoch, facts
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0
-        self.best_weights: Sequence[np.ndarray] = []
+        self._best_weights: Sequence[np.ndarray] = []
+        # Saved and returned. To make it takes as long as some steps of a small net do: once, and not at every save.
+        self._best_net = uncompiled(served)
         self.stopped_by = "epochs"
         self.startup_seconds: float | None = None
         self.steps = track((), "no epoch yet")
@@ -111,7 +113,7 @@ class Epochs(keras.callbacks.Callback):
         if found is None:
             return
         self.history, self.best_epoch = list(found.progress["history"]), int(found.progress["best_epoch"])
-        self.best_weights = found.best
+        self._best_weights = found.best
         if self.finished:
             self.stopped_by, self.startup_seconds = found.progress["finished"], found.progress["startup_seconds"]
         logger.info(
@@ -134,6 +136,11 @@ class Epochs(keras.callbacks.Callback):
     def finished(self) -> bool:
         """Whether the checkpoint is of a training that has ended."""
         return self._found is not None and self._found.progress["finished"] is not None
+
+    def best_net(self) -> keras.Model:
+        """The net with the weights of the best epoch so far, uncompiled; the same one each time."""
+        self._best_net.set_weights(self._best_weights)
+        return self._best_net
 
     def start(self, model: keras.Model) -> None:
         """Bring the net and its optimiser to where the checkpoint left them, if there is one."""
@@ -194,7 +201,7 @@ class Epochs(keras.callbacks.Callback):
         better = not self.history or record["val_mean_iou"] > self.history[self.best_epoch - 1]["val_mean_iou"]
         self.history.append(record)
         if better:
-            self.best_epoch, self.best_weights = epoch + 1, weights
+            self.best_epoch, self._best_weights = epoch + 1, weights
         due, reason = self._due(now)
         left = self.settings.epochs - record["epoch"]
         if self.output is not None:
@@ -253,11 +260,13 @@ class Epochs(keras.callbacks.Callback):
         state = [] if finished else [keras.ops.convert_to_numpy(variable) for variable in self._variables]
         try:
             if better:
-                save_model(self.served, self.output / BEST_MODEL)
-            Checkpoint(progress, state, self.best_weights).write(path)
+                with self.devices.apart():
+                    net = self.best_net()
+                save_model(net, self.output / BEST_MODEL)
+            Checkpoint(progress, state, self._best_weights).write(path)
         except OSError as error:
             last = len(self.history) - 1
-            mebibytes = (sum(value.nbytes for value in (*state, *self.best_weights)) >> 20) + 1
+            mebibytes = (sum(value.nbytes for value in (*state, *self._best_weights)) >> 20) + 1
             again = "make room and give the same command again"
             if last and self.settings.resume:
                 kept = f"The checkpoint of epoch {last} is whole: {again}, which goes on from there"

@@ -65,13 +65,25 @@ def uncompiled(model: keras.Model, dtype: str | None = None) -> keras.Model:
 def to_onnx(model: keras.Model) -> bytes:
     """The net as an ONNX graph in float32, for `OnnxNetwork`; it records the digest of the net's weights.
 
-    Probabilities differ from those of Keras in float32 by rounding.
+    Probabilities differ from those of Keras in float32 by rounding. The last graph is kept: what one command evaluates
+    and registers is converted once.
 
     Raises:
         ValueError: the net has an operation that ONNX or ONNX Runtime lacks.
     """
-    if keras.backend.backend() != "tensorflow":
-        return _converted_on_tensorflow(model)
+    net = (model.to_json(), weights_digest(model))
+    if net not in _converted:
+        graph = (_convert if keras.backend.backend() == "tensorflow" else _converted_on_tensorflow)(model)
+        _converted.clear()
+        _converted[net] = graph
+    return _converted[net]
+
+
+# (architecture, digest of the weights) -> graph, of the last net alone.
+_converted: dict[tuple[str, str], bytes] = {}
+
+
+def _convert(model: keras.Model) -> bytes:
     import onnx
 
     # The converter tells of every step, and goes on without what it cannot convert: the checker finds that.

@@ -155,8 +155,8 @@ def fit(
         hardware["precision"],
         f", over {len(devices.names)} devices" if len(devices.names) > 1 else "",
     )
-    # Validated, saved and returned: a net of its own on one device, so that it carries no optimiser and no further
-    # outputs, and can hold averaged weights while the other trains on.
+    # Validated: a net of its own on one device, so that it carries no optimiser and no further outputs, and can hold
+    # averaged weights while the other trains on.
     served = uncompiled(models.serving_model(model))
     jit_compile = _jit_compile(training.jit_compile, hardware)
     served.compile(loss=loss, metrics=[MeanIoU(classes)], jit_compile=jit_compile)
@@ -194,9 +194,8 @@ def fit(
                 # SliceBatches has its own order; Keras would shuffle the batches by Python's random numbers.
                 shuffle=False,
             )
-    served.set_weights(epochs.best_weights)
     return TrainingResult(
-        uncompiled(served), epochs.history, epochs.best_epoch, epochs.stopped_by, hardware, epochs.startup_seconds
+        epochs.best_net(), epochs.history, epochs.best_epoch, epochs.stopped_by, hardware, epochs.startup_seconds
     )
 
 

@@ -31,6 +31,10 @@ COPY README.md LICENSE .telemetry ./
 COPY conf conf
 COPY src src
 
+# There is no git in here, and a figure whose commit nobody knows cannot be made again.
+ARG COMMIT=""
+ENV LUMBARFLOW_COMMIT=${COMMIT}
+
 # Everybody may read the project, whatever the modes in the checkout were, and nobody but root may change it. What runs
 # write goes into two folders: the user's, and those of group 0, in which OpenShift puts users whose numbers it draws.
 # .viz is for Kedro-Viz's notes of each run, whoever runs it; they are not kept.

@@ -68,6 +68,7 @@ class Image:
 
     folder: Path
     sources: Path  # the context: the files that COPY finds
+    build_arguments: dict[str, str]
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)  # what only counts when it is run: USER, ENTRYPOINT, CMD
 
@@ -88,6 +89,9 @@ class Image:
         for name, rest in instructions(DOCKERFILE.read_text()):
             if name in ("ARG", "ENV"):
                 for key, value in re.findall(r'(\w+)=("[^"]*"|\S*)', rest):
+                    if name == "ARG" and key in self.build_arguments:
+                        value = self.build_arguments[key]
+                    value = re.sub(r"\$\{(\w+)\}", lambda found: self.environment[found[1]], value)
                     self.environment[key] = re.sub("/(lumbarflow|tmp)", rf"{self.folder}/\1", value.strip('"'))
             elif name == "WORKDIR":
                 assert self.folder / rest.lstrip("/") == self.project
@@ -154,7 +158,7 @@ def image() -> Iterator[Image]:
             shutil.copy2(ROOT / name, target)
             target.chmod(0o600)  # as a careful umask leaves a checkout
         (folder / "image").mkdir()
-        built = Image(folder / "image", folder / "context")
+        built = Image(folder / "image", folder / "context", {"COMMIT": "0123abc-dirty"})
         built.build()
         yield built
 
@@ -238,6 +242,8 @@ def test_the_steps_of_the_image_make_a_project_that_runs_as_its_user(image):
     assert "train finished" in log
     assert re.findall(r"^[\d:]+ [WEC] .*", log, re.MULTILINE) == []  # warnings, such as of a folder that is closed
     assert "lumbar-unet version 1 is now champion" in log
+    record = json.loads((image.project / "data/06_models/training_record.json").read_text())
+    assert (record["git_commit"], record["git_changed"]) == ("0123abc", "true")
     # MLflow's database and artefacts belong into the folder that is mounted.
     assert (image.project / "mlruns/mlflow.db").is_file()
     assert [*(image.project / "mlruns/1/models").glob("*/artifacts/MLmodel")] != []

@@ -90,13 +90,20 @@ def test_without_a_run_nothing_is_written():
     assert mlflow.active_run() is None
 
 
-def test_the_commit_and_whether_something_changed_since(tmp_path):
+def test_the_commit_and_whether_something_changed_since(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         options = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
         done = subprocess.run(["git", *options, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
+    monkeypatch.delenv("LUMBARFLOW_COMMIT", raising=False)
     assert tracking.git_commit(str(tmp_path)) == {}
+    monkeypatch.setenv("LUMBARFLOW_COMMIT", "")  # an image that was built without
+    assert tracking.git_commit(str(tmp_path)) == {}
+    monkeypatch.setenv("LUMBARFLOW_COMMIT", "0123abc")
+    assert tracking.git_commit(str(tmp_path)) == {"git_commit": "0123abc", "git_changed": "false"}
+    monkeypatch.setenv("LUMBARFLOW_COMMIT", "0123abc-dirty")
+    assert tracking.git_commit(str(tmp_path)) == {"git_commit": "0123abc", "git_changed": "true"}
     git("init", "-q")
     (tmp_path / "file").write_text("one")
     git("add", "file")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -89,7 +90,11 @@ def end_killed() -> None:
 
 
 def git_commit(folder: str) -> dict[str, str]:
-    """The commit that a folder stands at, and whether it was changed since; empty outside a git checkout."""
+    """The commit that a folder stands at, and whether it was changed since.
+
+    Outside a git checkout, such as in a container, LUMBARFLOW_COMMIT tells them: a hash, and "-dirty" after it if there
+    were changes (`git describe --always --abbrev=40 --dirty --exclude='*'`). Empty where neither does.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -99,4 +104,7 @@ def git_commit(folder: str) -> dict[str, str]:
     try:
         return {"git_commit": git("rev-parse", "HEAD"), "git_changed": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.SubprocessError):
+        commit = os.environ.get("LUMBARFLOW_COMMIT", "")
+    if not commit:
         return {}
+    return {"git_commit": commit.removesuffix("-dirty"), "git_changed": str(commit.endswith("-dirty")).lower()}

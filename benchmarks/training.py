@@ -9,6 +9,8 @@ with KERAS_BACKEND set as in training.
 - plain: one-hot float32 targets, arrays in memory, float32, no augmentation, `model.fit`, the same net.
 - stream: `lumbarflow.training.fit` as configured in conf/base/parameters_fit.yml, augmentation on.
 - cached: the same on one batch that is prepared once; what the stream takes longer is its input and augmentation.
+- input: the processor's time for reading and augmenting a batch, without any net; steadier than that difference, where
+  the machine does other work too.
 - memory: peak anonymous memory (RssAnon) of the stream, with a few series and with ten times as many, at 64 x 64.
 """
 
@@ -155,6 +157,23 @@ def stream(folder: Path, arguments, cached: bool = False) -> dict:
     return steps.figures(batch) | {"precision": result.hardware["precision"], "hardware": result.hardware}
 
 
+def read(folder: Path, arguments) -> dict:
+    """Seconds of processor time a batch, all threads together."""
+    from lumbarflow.augmentation import AugmentationSettings
+    from lumbarflow.batches import SliceBatches
+    from lumbarflow.model_input import ModelInput
+
+    chosen = settings(arguments)
+    augmentation = AugmentationSettings(**chosen["augmentation"])
+    batch = chosen["training"]["batch_size"]
+    batches = SliceBatches(ModelInput.open(folder), "train", batch, seed=7, shuffle=True, augmentation=augmentation)
+    batches[0]  # with what is read or computed once
+    started = time.process_time()
+    for number in range(1, arguments.steps + 1):
+        batches[number]
+    return {"seconds": (time.process_time() - started) / arguments.steps}
+
+
 def memory(folder: Path, arguments) -> dict:
     """Peak RssAnon in MiB while two epochs are trained."""
     from lumbarflow import training
@@ -173,6 +192,7 @@ STAGES = {
     "plain": plain,
     "stream": stream,
     "cached": lambda folder, arguments: stream(folder, arguments, cached=True),
+    "input": read,
     "memory": memory,
 }
 
@@ -206,7 +226,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model_input"
         write_model_input(folder, -(-2 * arguments.steps * arguments.batch // SLICES_PER_SERIES), arguments.size)
-        rounds: dict[str, list[dict]] = {"plain": [], "stream": [], "cached": []}
+        rounds: dict[str, list[dict]] = {"plain": [], "stream": [], "cached": [], "input": []}
         for _ in range(arguments.rounds):
             for stage, rows in rounds.items():
                 rows.append(run(stage, folder, arguments, training=training if stage != "plain" else None))
@@ -216,6 +236,7 @@ def main() -> None:
             f"GPUs {hardware['gpus'] or 'none'}; {arguments.size} x {arguments.size}, batch {arguments.batch}, "
             f"stream in {hardware['precision']}"
         )
+        read_in = [row["seconds"] for row in rounds.pop("input")]
         rate = {stage: [row["slices_per_second"] for row in rows] for stage, rows in rounds.items()}
         for stage, rows in rounds.items():
             print(
@@ -226,6 +247,12 @@ def main() -> None:
         share = [1 - ours / alone for ours, alone in zip(rate["stream"], rate["cached"], strict=True)]
         print(f"stream / plain: {statistics.median(faster):.2f} ({min(faster):.2f} to {max(faster):.2f})")
         print(f"input's share of the step: {statistics.median(share):.1%} ({min(share):.1%} to {max(share):.1%})")
+        batch = settings(arguments)["training"]["batch_size"]
+        seconds = batch / statistics.median(rate["stream"])
+        print(
+            f"input alone: {1000 * statistics.median(read_in):.1f} ms of processor time a batch "
+            f"({1000 * min(read_in):.1f} to {1000 * max(read_in):.1f}), a step takes {1000 * seconds:.0f} ms"
+        )
         if arguments.options:
             for name, (environment, changes) in options(arguments.batch).items():
                 ratios = []

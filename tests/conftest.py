@@ -15,6 +15,10 @@ from hypothesis import settings
 
 from lumbarflow.imaging import LabelMap, Volume
 
+# With a test process on every core, the threads of each would only take the cores from the others.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) >= (os.cpu_count() or 1) > 1:
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
 # Derandomized: a property that fails here fails on every machine. No deadline: machines are shared.
 settings.register_profile("lumbarflow", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("lumbarflow")

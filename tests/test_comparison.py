@@ -151,6 +151,8 @@ def test_rows_change_what_they_name_and_share_the_rest():
         ({"training": {"ema_momentum": 2}}, "training.ema_momentum is 2; expected a share"),
         ({"augmentation": {"noise": -1}}, "augmentation.noise is -1; expected"),
         ({"model": {"width": 1}}, "unknown setting model.width"),
+        ({"model": {"channels": 3}}, "unknown setting model.channels"),
+        ({"loss": {"gama": 1}}, "unknown setting loss.gama"),
         ({"evaluation": {"metrics": {}}}, "unknown setting screen.rows.slip.evaluation.metrics"),
         ({"evaluation": {"test_time_augmentation": {"shift": 2}}}, "test_time_augmentation.shift is 2; expected"),
     ],

@@ -51,6 +51,14 @@ def work(clock, seconds, *arguments, **options):
         clock[0] += each
 
 
+def test_a_terminal_without_tqdm_gets_lines(monkeypatch, open_terminal, clock, lines):
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
+    screen = open_terminal()
+    work(clock, [40, 40, 40], "epoch 1", "batches")
+    assert "epoch 1: 1 of 3 batches, 40 s each" in lines.text
+    assert screen.getvalue() == ""
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("items", [["a", "b", "c"], {"a": 1, "b": 2}.items(), range(4), []], ids=str)
 def test_every_item_comes_once_in_order(monkeypatch, terminal, items):

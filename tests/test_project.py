@@ -63,6 +63,20 @@ def test_the_public_pipelines_are_there_and_train_is_the_default(pipelines):
     assert {n.name for n in pipelines["train"].nodes} == {n.name for s in steps for n in pipelines[s].nodes}
 
 
+@pytest.mark.parametrize("environment", ["base", "spider", "best"])
+def test_every_row_of_screen_and_recipes_can_be_trained_in_every_environment_split_by_patient(environment):
+    from lumbarflow.comparison import plan_rows
+
+    parameters = configuration(environment)["parameters"]
+    shared = {name: parameters[name] for name in ("model", "loss", "training", "augmentation")}
+    for table in ("screen", "recipes"):
+        rows = parameters[table]["rows"]
+        plan = plan_rows({"content_hash": "abc"}, shared, rows, table)
+        assert set(plan) == {name for name, changes in rows.items() if not isinstance(changes, str)}
+    screened, final = (parameters[table]["rows"]["paper_recipe"]["training"] for table in ("screen", "recipes"))
+    assert screened == {name: final[name] for name in screened}
+
+
 def test_every_data_set_of_the_pipelines_is_a_catalog_entry_with_a_layer(pipelines):
     catalog = configuration()["catalog"]
     used = {name for pipeline in pipelines.values() for name in pipeline.datasets() if not name.startswith("param")}

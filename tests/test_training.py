@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from lumbarflow import epochs, models, training
+from lumbarflow import epochs, models, progress, training
 from lumbarflow.backend import load_keras
 from lumbarflow.batches import SliceBatches
 from lumbarflow.checkpoint import Checkpoint
@@ -388,12 +388,28 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_slice(tmp_path, quick):
         fit(prepared, settings(model=quick, batch_size=1, epochs=2))
 
 
-def test_a_validation_loss_that_is_not_finite_stops_with_the_epoch(tmp_path, quick):
-    images, labels = draw_slices(1, 0)
-    images[0] = np.nan
+def test_a_validation_loss_that_is_not_finite_stops_with_epoch_and_slices(tmp_path, quick):
+    images, labels = draw_slices(6, 0)
+    images[4] = np.nan
     prepared = write_model_input(tmp_path, {"a": ("train", *draw_slices(2, 0)), "b": ("validation", images, labels)})
-    with pytest.raises(FloatingPointError, match="^epoch 1: the validation loss is nan; expected a finite number"):
-        fit(prepared, settings(model=quick))
+    where = r"^epoch 1, batch 3 of 3 \(b slice 4, b slice 5\): the validation loss is nan; expected a finite number"
+    with pytest.raises(FloatingPointError, match=where):
+        fit(prepared, settings(model=quick, batch_size=2))
+    assert not progress._loops
+
+
+@pytest.mark.parametrize("side", ["train", "validation"])
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy"])
+@pytest.mark.parametrize("left", [None, 0, 300])
+def test_a_folder_that_was_not_copied_whole_is_seen_before_anything_is_trained(tmp_path, side, name, left):
+    prepared = write_model_input(tmp_path, {side[0]: (side, *draw_slices(3, 0)) for side in ("train", "validation")})
+    path = prepared.root / "series" / side[0] / name
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=rf"{side[0]}/{name}: it cannot be read .*; expected an array \(3, .*Copy the"):
+        fit(prepared, {"training": {"epochs": 1}})
 
 
 @pytest.mark.parametrize(

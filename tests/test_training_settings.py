@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
 import pytest
 
 from lumbarflow.augmentation import AugmentationSettings
-from lumbarflow.training_settings import TrainingSettings, check_sections, section, training_key
+from lumbarflow.training_settings import (
+    SECTIONS,
+    TrainingSettings,
+    check_sections,
+    section,
+    setting_names,
+    training_key,
+)
 
 MANIFEST = {"content_hash": "abc", "sides": {"train": {"1_t1": [0, 1]}}}
 SETTINGS = {"model": {"name": "modified_unet"}, "loss": {"gamma": 4.0}, "training": {"epochs": 3}, "augmentation": {}}
@@ -29,6 +37,8 @@ SETTINGS = {"model": {"name": "modified_unet"}, "loss": {"gamma": 4.0}, "trainin
             {"warmup_epochs": 9, "epochs": 9, "learning_rate_schedule": "cosine"},
             "warmup_epochs is 9 of 9 epochs; expected fewer",
         ),
+        ({"patience": None}, "training.patience is null; expected a value, such as 20"),
+        ({"learning_rate": None}, "training.learning_rate is null; expected a value, such as 0.001"),
         ({"devices": 0}, "training.devices is 0; expected a whole number above 0, or 'all'"),
         ({"devices": "many"}, "training.devices is 'many'; expected"),
     ],
@@ -36,6 +46,21 @@ SETTINGS = {"model": {"name": "modified_unet"}, "loss": {"gamma": 4.0}, "trainin
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         TrainingSettings(**values)
+
+
+def test_what_may_be_null_is():
+    assert TrainingSettings(max_minutes=None, workers=None, jit_compile=None) == TrainingSettings()
+
+
+def test_the_names_of_the_sections_are_those_of_what_takes_them():
+    from lumbarflow import models
+    from lumbarflow.losses import FocalDiceLoss
+
+    known = setting_names(models.find("plain_unet").build)
+    assert list(known) == list(SECTIONS)
+    assert known["model"] == ["widths", "dropouts", "kernel_initializer"]
+    assert [*known["loss"], "name", "kwargs"] == list(inspect.signature(FocalDiceLoss).parameters)
+    assert "learning_rate" in known["training"] and "elastic_cells" in known["augmentation"]
 
 
 def test_a_section_is_taken_by_its_names():

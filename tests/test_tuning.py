@@ -182,6 +182,9 @@ def test_the_study_is_another_one_when_its_trials_are_no_longer_comparable():
     assert not other(base=BASE | {"loss": {}})
     assert not other(base=BASE | {"training": BASE["training"] | {"workers": 3, "devices": 2, "resume": False}})
     assert not other(pruner={})
+    # What is searched would not go with the defaults of the rest, had it been left out: the base is checked whole.
+    bent = BASE | {"augmentation": {"elastic_shift": 0.2, "elastic_cells": 2}}
+    assert other(bent, space={"augmentation.elastic_cells": {"low": 1, "high": 2}})
     assert other(base=BASE | {"loss": {"alpha": 0.6, "gamma": 3.0}})
     assert other(manifest={"content_hash": "abd"})
     assert other(space={"loss.alpha": {"low": 0.1, "high": 0.8}})
@@ -358,7 +361,7 @@ def test_the_search_goes_on_after_a_trial_that_fails(folder, caplog):
         None,
         MemoryError("16 slices"),
         TypeError("backend"),
-        OSError("disk"),
+        RuntimeError("driver"),
     ]
     trials = search(settings(trials=6), folder, "study", failing(*errors))
     assert [trial.state for trial in trials] == ["failed", "complete", "failed", "failed", "failed", "complete"]
@@ -376,14 +379,31 @@ def test_failures_of_another_cause_than_settings_stop_the_search_and_do_not_coun
     expected = search(settings(trials=2), folder, "sound", quick)
     for _ in range(2):  # mended or not
         with pytest.raises(
-            ValueError, match=r"each of the first 3 trials failed, the last with: OSError: c; expected one"
+            ValueError, match=r"each of the first 3 trials failed, the last with: RuntimeError: c; expected one"
         ):
-            search(settings(trials=20), folder, "study", failing(OSError("a"), OSError("b"), OSError("c"), None))
+            failures = (RuntimeError("a"), RuntimeError("b"), RuntimeError("c"))
+            search(settings(trials=20), folder, "study", failing(*failures, None))
     assert search(settings(trials=2), folder, "study", quick) == expected
     with pytest.raises(
-        ValueError, match=r"each of the first 2 trials failed, the last with: OSError: b; .*same command"
+        ValueError, match=r"each of the first 2 trials failed, the last with: RuntimeError: b; .*same command"
     ):
-        search(settings(trials=2), folder, "another", failing(OSError("a"), OSError("b"), None))
+        search(settings(trials=2), folder, "another", failing(RuntimeError("a"), RuntimeError("b"), None))
+
+
+def test_a_full_disk_ends_the_search_and_its_trial_goes_on_when_there_is_room(folder):
+    expected = search(settings(trials=3), folder, "sound", quick)
+    tried = []
+
+    def objective(parameters, report):
+        tried.append(parameters)
+        if len(tried) == 2:
+            raise OSError(28, "No space left on device")
+        return quick(parameters, report)
+
+    with pytest.raises(OSError, match="No space left"):
+        search(settings(trials=3), folder, "study", objective)
+    assert search(settings(trials=3), folder, "study", objective) == expected
+    assert tried[1] == tried[2]
 
 
 def test_without_a_complete_trial_there_is_no_best():

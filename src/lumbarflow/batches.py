@@ -96,6 +96,10 @@ class SliceBatches(keras.utils.PyDataset):
         order = self._order_of(self.epoch)
         return order[self._places(index) % len(order)]
 
+    def slices_of(self, index: int) -> list[tuple[str, int]]:
+        """(series, slice) of batch `index` of this epoch, in the batch's order."""
+        return [self.slices[position] for position in self.positions(index)]
+
     def _read(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray | tuple[np.ndarray, ...]]:
         order, places = self._order_of(epoch), self._places(index)
         channels = 2 * self.neighbours + 1

@@ -7,7 +7,6 @@ run that was interrupted goes on with the nets that are still missing.
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from lumbarflow.parameters import check_names
 from lumbarflow.store import RECORD, SeriesStore, Work
 from lumbarflow.tracking import git_commit
 from lumbarflow.training_record import describe_training
-from lumbarflow.training_settings import SECTIONS, effective, training_code
+from lumbarflow.training_settings import SECTIONS, effective, setting_names, training_code
 
 NETWORK, HISTORY = "model.keras", "history.json"
 COUNTS = ("n_cases", "n_surface", "n_nsd", "n_missing_prediction")
@@ -43,12 +42,24 @@ def plan_run(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
     Raises:
         ValueError: no model of that name, or settings that make no sense.
     """
-    name = settings["model"]["name"]
     # A slip in the last of several nets' settings should not wait for the others to be trained.
-    check_names(settings["model"], ["name", *inspect.signature(models.find(name).build).parameters], "model")
-    code = training_code(models.find(name).build)["syntax"]
-    key = value_digest([code, version("keras"), manifest["content_hash"], effective(settings)])
+    check_run(settings)
+    key = net_key(manifest, effective(settings))
+    name = settings["model"]["name"]
     return {"entry": f"{name}-{key[:16]}", "key": key, "manifest": dict(manifest), "settings": dict(settings)}
+
+
+def check_run(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model, or for settings of the model or the loss, that `training.fit` does not have."""
+    known = setting_names(models.find(settings["model"]["name"]).build)
+    check_names(settings["model"], ["name", *known["model"]], "model")
+    check_names(settings.get("loss") or {}, known["loss"], "loss")
+
+
+def net_key(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Hex digest of what a trained net depends on: code, Keras, data, and settings as `effective` gives them."""
+    code = training_code(models.find(settings["model"]["name"]).build)["syntax"]
+    return value_digest([code, version("keras"), manifest["content_hash"], settings])
 
 
 def plan_rows(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,17 @@ def find_checkpoint(output: Path, key: str, code: Mapping[str, str]) -> Checkpoi
 
 
 class _Evaluated(keras.callbacks.Callback):
-    """Shows how far an evaluation is, which may take as long as the training before it."""
+    """Shows how far an evaluation is, which may take as long as the training before it, and looks at its losses."""
 
-    def __init__(self, batches: int, description: str):
+    def __init__(self, batches: int, description: str, check: Callable[[float, int], None]):
         super().__init__()
-        self.steps = track(range(batches), description, "batches")
+        self.steps, self.check = track(range(batches), description, "batches"), check
 
     def on_test_batch_begin(self, batch, logs=None):
         next(self.steps, None)
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.check(logs["loss"], batch)
 
     def on_test_end(self, logs=None):
         self.steps.close()
@@ -175,16 +180,17 @@ class Epochs(keras.callbacks.Callback):
             self.first_batch_ended = self.train_ended
             if self.startup_seconds is None:
                 self.startup_seconds = self.train_ended - self._called
-        self._check_finite("loss", logs["loss"], batch)
+        self._check_finite(self.train, "loss", logs["loss"], batch)
 
     def on_epoch_end(self, epoch, logs=None):
         self.steps.close()
         weights = self._served_weights()
         with self.devices.apart():
             self.served.set_weights(weights)
-            shown = _Evaluated(len(self.validation), f"{self.title}, validation")
-            scores = self.served.evaluate(self.validation, return_dict=True, verbose=0, callbacks=[shown])
-        self._check_finite("validation loss", scores["loss"])
+            check = partial(self._check_finite, self.validation, "validation loss")
+            shown = _Evaluated(len(self.validation), f"{self.title}, validation", check)
+            with contextlib.closing(shown.steps):
+                scores = self.served.evaluate(self.validation, return_dict=True, verbose=0, callbacks=[shown])
         now = time.monotonic()
         rest = (len(self.train) - 1) * self.train.batch_size
         steady = rest > 0
@@ -281,13 +287,11 @@ class Epochs(keras.callbacks.Callback):
                 str(path),
             ) from error
 
-    def _check_finite(self, what: str, value: float, batch: int | None = None) -> None:
+    def _check_finite(self, batches: SliceBatches, what: str, value: float, batch: int) -> None:
         if math.isfinite(value):
             return
-        where = f"epoch {len(self.history) + 1}"
-        if batch is not None:
-            slices = ", ".join(f"{s} slice {i}" for s, i in (self.train.slices[p] for p in self.train.positions(batch)))
-            where += f", batch {batch + 1} of {len(self.train)} ({slices})"
+        slices = ", ".join(f"{series} slice {index}" for series, index in batches.slices_of(batch))
+        where = f"epoch {len(self.history) + 1}, batch {batch + 1} of {len(batches)} ({slices})"
         raise FloatingPointError(
             f"{where}: the {what} is {float(value)}; expected a finite number. Lower training.learning_rate, set "
             "training.precision to float32, or look for damaged intensities in the slices seen last."

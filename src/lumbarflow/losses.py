@@ -160,8 +160,10 @@ def _near_another_class(y_true, width: int):
     def greatest_around(x):
         return greatest_along_rows(ops.transpose(greatest_along_rows(x), (0, 2, 1)))
 
-    # A pixel belongs to its own neighbourhood, so that holds another class where its classes differ at all.
-    return ops.transpose(ops.not_equal(greatest_around(y_true), -greatest_around(-y_true)), (0, 2, 1))
+    # A pixel belongs to its own neighbourhood, so that holds another class where its classes differ at all. (Numbers
+    # are transposed, not truth values: of those TensorFlow complains on standard error where a CPU has no AVX-512.)
+    difference = greatest_around(y_true) + greatest_around(-y_true)
+    return ops.transpose(difference, (0, 2, 1)) > 0
 
 
 def _power(x, exponent: float):

@@ -98,9 +98,15 @@ class ModelInput:
         """Raise ValueError if slices of one patient stand on several sides, the test's among them."""
         if self.manifest.get("leaky"):
             raise ValueError(
-                f"{self.root}: its split has slices of one patient on several sides; expected none for {purpose}, or "
-                "test patients would choose. Preprocess with split.method patient or official."
+                f"{self.root}: its split has slices of one patient on several sides; expected none for {purpose}: test "
+                "patients would choose, or be known from training. Preprocess with split.method patient or official."
             )
+
+    def check_complete(self, *sides: str) -> None:
+        """Raise ValueError for a missing or cut-off file of these sides, such as an interrupted copy leaves."""
+        for series in sorted({series for side in sides for series in self.manifest["sides"][side]}):
+            for name in (IMAGES, LABELS):
+                self._map(series, name)
 
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""
@@ -124,8 +130,15 @@ class ModelInput:
 
     def _map(self, series: str, name: str) -> np.ndarray:
         path = self.root / "series" / series / name
-        array = np.load(path, mmap_mode="r")
         expected = (self.manifest["series"][series]["n_slices"], *self.size)
+        try:
+            array = np.load(path, mmap_mode="r")
+        except (FileNotFoundError, EOFError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"{path}: it cannot be read ({reason}); expected an array {expected}. Copy the whole folder again, or "
+                "run preprocess again."
+            ) from error
         if array.shape != expected:
             raise ValueError(f"{path}: shape {array.shape}; expected {expected} from {MANIFEST}. Run preprocess again.")
         return array

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -72,15 +73,18 @@ def to_onnx(model: keras.Model) -> bytes:
         ValueError: the net has an operation that ONNX or ONNX Runtime lacks.
     """
     net = (model.to_json(), weights_digest(model))
-    if net not in _converted:
-        graph = (_convert if keras.backend.backend() == "tensorflow" else _converted_on_tensorflow)(model)
-        _converted.clear()
-        _converted[net] = graph
-    return _converted[net]
+    # Threads that segment with several nets take turns: standard error is caught meanwhile, and there is one of it.
+    with _converting:
+        if net not in _converted:
+            graph = (_convert if keras.backend.backend() == "tensorflow" else _converted_on_tensorflow)(model)
+            _converted.clear()
+            _converted[net] = graph
+        return _converted[net]
 
 
 # (architecture, digest of the weights) -> graph, of the last net alone.
 _converted: dict[tuple[str, str], bytes] = {}
+_converting = threading.Lock()
 
 
 def _convert(model: keras.Model) -> bytes:

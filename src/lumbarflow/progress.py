@@ -74,13 +74,24 @@ def track(items: Collection[Item], description: str, unit: str = "series", done:
     """
     if not items:
         return
-    loop = (_Bar if sys.stderr.isatty() else _Lines)(len(items), description, unit, done)
+    loop = (_Bar if _has_bars() else _Lines)(len(items), description, unit, done)
     try:
         for item in items:
             yield item
             loop.step()
     finally:
         loop.close()
+
+
+def _has_bars() -> bool:
+    """Whether somebody watches, and tqdm is there: a machine that only trains has what Keras needs, and no more."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        import tqdm  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 class _Loop:

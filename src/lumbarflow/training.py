@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import inspect
 import json
 import logging
 import sys
@@ -43,6 +42,7 @@ from lumbarflow.training_settings import (
     TrainingSettings,
     check_sections,
     section,
+    setting_names,
     training_code,
     training_key,
 )
@@ -52,7 +52,7 @@ logger = logging.getLogger("lumbarflow.training")
 
 DEFAULT_MODEL = "modified_unet"
 RECORD, HISTORY = "training_record.json", "training_history.csv"
-# Without a GPU, one thread that reads ahead keeps up with the net; a GPU needs more of them.
+# Without a GPU, reading and augmenting are hardly any of the step (docs/reference/speed.md); a GPU's is short.
 GPU_WORKERS = 8
 
 
@@ -101,8 +101,8 @@ def fit(
         output: folder of this training alone, for `best.keras`, rewritten at every better epoch, and `checkpoint.npz`.
         on_epoch: called after each epoch with its history entry; of epochs before an interruption too, at the start.
     Raises:
-        ValueError: an unknown or impossible setting, a side without slices, a size that the net cannot take, an output
-            folder that holds another training.
+        ValueError: an unknown or impossible setting, a side without slices, a file of it that is missing or damaged, a
+            size that the net cannot take, an output folder that holds another training.
         FloatingPointError: the loss is not finite; names the epoch and the batch's slices.
         MemoryError: the device has too little memory; names the settings to lower.
         OSError: a checkpoint cannot be written; names the last one that could.
@@ -110,6 +110,7 @@ def fit(
     started = time.monotonic()
     check_sections(settings)
     training = section(TrainingSettings, settings, "training")
+    model_input.check_complete("train", "validation")
     augmentation = section(AugmentationSettings, settings, "augmentation")
     loss = section(FocalDiceLoss, settings, "loss", reserved=("name", "kwargs"))
     entry, values = _model_settings(settings)
@@ -259,9 +260,7 @@ def _model_settings(settings: Mapping) -> tuple[models.Entry, dict[str, Any]]:
     """The model that the settings name, and its keyword arguments."""
     values = dict(settings.get("model") or {})
     entry = models.find(values.pop("name", DEFAULT_MODEL))
-    reserved = ("size", "channels", "classes", "precision")
-    taken = (name for name in inspect.signature(entry.build).parameters if name not in reserved)
-    check_names(values, ["name", *taken], "model")
+    check_names(values, ["name", *setting_names(entry.build)["model"]], "model")
     return entry, values
 
 

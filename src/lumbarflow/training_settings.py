@@ -19,6 +19,10 @@ SCHEDULES = ("constant", "cosine")
 # Settings of the section `training` that say how a training is run, not what it makes of its data.
 WITHOUT_EFFECT = ("devices", "workers", "resume")
 WHOLE_NUMBERS = ("seed", "epochs", "batch_size", "neighbours", "patience", "workers")
+# Of a net's builder, those that the data and the machine decide.
+_DECIDED = ("size", "channels", "classes", "precision")
+# Of `losses.FocalDiceLoss`, which imports Keras; a test holds them against it.
+LOSS = ("gamma", "alpha", "smooth", "dice_over", "missed_weight", "boundary_weight", "boundary_width")
 
 # What a trained net depends on beside its data, its settings and the module that builds it. Named, not imported: some
 # of these import Keras.
@@ -65,7 +69,8 @@ class TrainingSettings:
             would by itself, but not on a CPU: measured ten times slower there.
         devices: so many GPUs (CPUs where there are none) share each batch; "all" takes those that there are. The
             result is the same as on one, up to rounding and dropout.
-        workers: threads that prepare batches ahead; None: 0 without a GPU, where one that reads ahead is enough.
+        workers: threads that prepare batches ahead; None: 0 without a GPU. (TensorFlow reads ahead in one thread all
+            the same; JAX on a CPU does not, and its steps are long.)
         resume: go on with a checkpoint found in the output folder; False starts anew.
     Raises:
         ValueError: a value out of range.
@@ -90,6 +95,9 @@ class TrainingSettings:
     resume: bool = True
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and field.default is not None:
+                raise ValueError(f"training.{field.name} is null; expected a value, such as {field.default!r}.")
         for name in WHOLE_NUMBERS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -130,6 +138,16 @@ def check_sections(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown section {unknown[0]!r} of the training settings; expected {list(SECTIONS)}.")
 
 
+def setting_names(build: Callable) -> dict[str, list[str]]:
+    """The settings that each section may have, for the model that `build` builds; "model" has its `name` besides."""
+    return {
+        "model": [name for name in inspect.signature(build).parameters if name not in _DECIDED],
+        "loss": list(LOSS),
+        "training": [field.name for field in dataclasses.fields(TrainingSettings)],
+        "augmentation": [field.name for field in dataclasses.fields(AugmentationSettings)],
+    }
+
+
 def section(function: Callable, settings: Mapping, name: str, reserved: tuple[str, ...] = ()) -> Any:
     """`function` called with one section of the settings.
 
@@ -163,7 +181,8 @@ def training_key(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     """Hex digest of what a training is to make of its data: one that was interrupted goes on under the same key.
 
     Neither the code nor the versions of libraries are part of it (see `training_code`): a training may begin on one
-    machine and go on, or be evaluated, on another. Nor is max_minutes: what it cut short goes on when it is raised.
+    machine and go on, or be evaluated, on another. Nor is max_minutes: what it cut short goes on with the next run,
+    for so long again.
 
     Args:
         manifest: of the model input.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import logging
 import shutil
@@ -27,12 +26,11 @@ import numpy as np
 import pandas as pd
 
 from lumbarflow import comparison, models
-from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.files import value_digest
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
-from lumbarflow.training_settings import SECTIONS, WITHOUT_EFFECT, TrainingSettings
+from lumbarflow.training_settings import SECTIONS, WITHOUT_EFFECT, effective, setting_names
 
 if TYPE_CHECKING:
     import optuna
@@ -220,14 +218,16 @@ def search(
         name: the study's.
         objective: (parameters, report) -> a `training.TrainingResult`, of which `history` and `best_epoch` are read.
             `report` wants every entry of the history, in order, and ends the trial by an exception if it is pruned. An
-            `Exception` makes a failed trial. An interruption leaves the trial to be tried again with the same
-            parameters; if it goes on then, it reports its former epochs again.
+            `Exception` makes a failed trial. An interruption, and an OSError such as of a full disk, which is no
+            setting's fault, leave the trial to be tried again with the same parameters; if it goes on then, it reports
+            its former epochs again.
         watch: what is told of it.
     Returns:
         all ended trials of the study, by number.
     Raises:
         ValueError: an entry of the space that is neither a range nor choices, another search at work in the folder, a
             folder that cannot be written, FAILURES failed trials before any is complete.
+        OSError: of a trial.
     """
     import optuna
 
@@ -280,12 +280,13 @@ def study_name(manifest: Mapping[str, Any], base: Mapping[str, Mapping[str, Any]
     It depends on the code, the data, the space, seed and pruner, and of the base settings on those that are not
     searched: writing the best ones into the parameters starts no new study, nor does another number of workers.
     """
+    comparison.check_run(base)
     fixed = {
-        part: {name: value for name, value in (values or {}).items() if f"{part}.{name}" not in settings.space}
-        for part, values in base.items()
+        part: {name: value for name, value in values.items() if f"{part}.{name}" not in settings.space}
+        for part, values in effective(base).items()
     }
-    run = comparison.plan_run(manifest, fixed)
-    return "tune-" + value_digest([run["key"], settings.space, settings.seed, settings.pruner])[:16]
+    key = comparison.net_key(manifest, fixed)
+    return "tune-" + value_digest([key, settings.space, settings.seed, settings.pruner])[:16]
 
 
 def nested(
@@ -356,6 +357,8 @@ def _run_trial(
             result = objective(parameters, report)
         except optuna.TrialPruned:
             told = asked.study.tell(asked, state=TrialState.PRUNED)
+        except OSError:
+            raise  # the next trial would meet the full disk too; this one goes on when there is room
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             # Before the state: a trial that has a message is not tried again.
@@ -515,20 +518,12 @@ def _parameters(params: Mapping[str, Any], space: Mapping[str, Mapping[str, Any]
 
 def _check_names(model: str, space: Mapping[str, Mapping[str, Any]]) -> None:
     """Stop at a misspelt setting before the first training; values are the training's to refuse, in seconds."""
-    from lumbarflow.losses import FocalDiceLoss
-
-    functions = {
-        "model": (models.find(model).build, ("size", "channels", "classes", "precision")),
-        "loss": (FocalDiceLoss, ("name", "kwargs")),
-        "training": (TrainingSettings, ()),
-        "augmentation": (AugmentationSettings, ()),
-    }
+    known = setting_names(models.find(model).build)
     for name in space:
         part, _, setting = name.partition(".")
-        if part not in functions or not setting:
+        if part not in known or not setting:
             raise ValueError(f"tune.space names {name!r}; expected section.setting with a section of {list(SECTIONS)}.")
-        function, reserved = functions[part]
-        check_names([setting], [key for key in inspect.signature(function).parameters if key not in reserved], part)
+        check_names([setting], known[part], part)
         if name in NOT_SEARCHED:
             raise ValueError(
                 f"tune.space names {name}; expected settings that make better nets. The best of several seeds is luck "

@@ -99,7 +99,9 @@ def test_seeds_are_named_once(kedro_run, raw):
         kedro_run("recipes", **SETTINGS, raw_dir=str(raw), recipes={"seeds": [1, 1]})
 
 
-def test_a_leaky_split_is_not_screened(kedro_run, raw):
+def test_a_leaky_split_is_neither_screened_nor_gives_final_rows(kedro_run, raw):
     leaky = {"split": {"method": "slice"}, "filter": {"minimum_classes": 3}}
     with pytest.raises(ValueError, match="slices of one patient on several sides; expected none for a screen"):
         kedro_run("screen", raw_dir=str(raw), **leaky)
+    with pytest.raises(ValueError, match="slices of one patient on several sides; expected none for final rows"):
+        kedro_run("recipes", raw_dir=str(raw), **leaky)

@@ -26,6 +26,7 @@ def plan_recipes(
 ) -> Plan:
     """One run for each recipe and seed."""
     check_names(settings, ("seeds", "rows"), "recipes")
+    model_input.check_not_leaky("final rows")
     if not settings["seeds"] or len(set(settings["seeds"])) < len(settings["seeds"]):
         raise ValueError(f"recipes.seeds is {settings['seeds']}; expected at least one, none of them twice")
     plan = {}

@@ -56,7 +56,8 @@ def test_every_net_computes_the_same_as_a_graph(name, channels, settings):
     assert network.input_shape == net.input_shape
     expected = net.predict(images(channels), verbose=0)
     assert 0.01 < expected.std() < 0.4
-    np.testing.assert_allclose(network.predict(images(channels), 2), expected, atol=1e-5)
+    # By rounding, and group normalisation's most: its sums are made in another order with another number of threads.
+    np.testing.assert_allclose(network.predict(images(channels), 2), expected, atol=1e-4)
 
 
 def test_a_net_of_bfloat16_becomes_a_graph_of_float32():

@@ -26,7 +26,9 @@ def clone(tmp_path_factory) -> Path:
 
 
 def kedro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    # As a newcomer's shell has it. (conftest.py's one thread is for many short tests beside each other.)
+    ours = ("MLFLOW_TRACKING_URI", "TF_NUM_INTRAOP_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [KEDRO, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=3000
     )

@@ -6,6 +6,7 @@ Both take sparse targets: integer classes (n, H, W) beside probabilities (n, H, 
 from __future__ import annotations
 
 from lumbarflow.backend import load_keras, sum_over_replicas
+from lumbarflow.training_settings import LOSS
 
 keras = load_keras()
 ops = keras.ops
@@ -129,8 +130,7 @@ class FocalDiceLoss(keras.losses.Loss):
         return ops.reshape(loss, (1,))
 
     def get_config(self):
-        names = ("gamma", "alpha", "smooth", "dice_over", "missed_weight", "boundary_weight", "boundary_width")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+        return {**super().get_config(), **{name: getattr(self, name) for name in LOSS}}
 
 
 def _at_resolution_of(y_pred, y_true):

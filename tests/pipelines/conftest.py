@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from lumbarflow import models
+from lumbarflow.backend import load_keras
 from lumbarflow.imaging import LabelMap, Volume, write_volume
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,28 @@ def kedro_run(project: Path, make_small: Callable[[str], None]) -> Callable[...,
     while mlflow.active_run():
         mlflow.end_run()
     mlflow.set_tracking_uri(former)
+
+
+@pytest.fixture
+def quick_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer in the place of every net that is trained by gradient, for tests of pipelines that train several.
+
+    The net that the parameters name is built first: what it refuses stays refused.
+    """
+    for name, entry in models.MODELS.items():
+        if entry.adapt is None:
+            monkeypatch.setitem(models.MODELS, name, models.Entry(name, entry.title, _one_layer_for(entry.build)))
+
+
+def _one_layer_for(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)  # its signature says which settings there are
+    def one_layer(size, channels, classes, *, precision, **settings):
+        build(size, channels, classes, precision=precision, **settings)
+        keras = load_keras()
+        inputs = keras.Input((*size, channels))
+        return keras.Model(inputs, keras.layers.Conv2D(classes, 1, activation="softmax")(inputs), name="one_layer")
+
+    return one_layer
 
 
 def _write_scan(root: Path, series: str, seed: int = 0, suffix: str = ".mha") -> None:

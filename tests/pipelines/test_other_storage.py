@@ -67,6 +67,7 @@ def artifacts() -> set[str]:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("quick_nets")
 def test_a_run_in_a_bucket_finds_what_one_here_finds(bucket, raw, project, kedro_run, caplog):
     bucket.put(str(raw), f"{BUCKET}/raw", recursive=True)
     with pytest.MonkeyPatch.context() as patched:

@@ -13,13 +13,11 @@ SETTINGS = {
     "filter": {"minimum_classes": 3},
     "preprocess": {"size": [32, 32]},
     "model": {
-        "encoder_widths": [2, 2, 2, 2, 2, 2], "encoder_dropouts": [0.0] * 6,
-        "decoder_widths": [2, 2, 2, 2], "decoder_dropouts": [0.0] * 4,
+        "encoder_widths": [2] * 3, "encoder_dropouts": [0.0] * 3, "decoder_widths": [2], "decoder_dropouts": [0.0],
     },
     "training": {"epochs": 1},
 }  # fmt: skip
-
-
+pytestmark = pytest.mark.usefixtures("quick_nets")
 NAMES = list(
     yaml.safe_load((Path(__file__).parents[2] / "conf/base/parameters_screen.yml").read_text())["screen"]["rows"]
 )

@@ -38,6 +38,7 @@ def test_ingested_and_prepared_series_are_the_same_to_the_byte(raw, kedro_run, p
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("quick_nets")
 def test_masks_and_figures_of_a_dask_cluster_are_the_same_to_the_byte(raw, kedro_run, project):
     alone, dask = {"workers": 1}, {"backend": "dask", "workers": 2}
     folders = ("02_intermediate", "05_model_input", "07_model_output", "08_reporting")

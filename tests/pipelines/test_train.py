@@ -98,6 +98,7 @@ def test_train_goes_from_raw_volumes_to_a_champion(kedro_run, project, caplog):
     assert "is lower than" in registration["reason"]
 
 
+@pytest.mark.usefixtures("quick_nets")
 def test_the_slice_split_is_tagged_leaky_and_never_becomes_champion(kedro_run, raw, caplog):
     import mlflow
 
@@ -111,6 +112,7 @@ def test_the_slice_split_is_tagged_leaky_and_never_becomes_champion(kedro_run, r
     assert mlflow.MlflowClient().get_run(registration["run_id"]).data.tags["leaky"] == "true"
 
 
+@pytest.mark.usefixtures("quick_nets")
 def test_steps_run_one_by_one_must_fit_together(kedro_run, raw, monkeypatch, tmp_path_factory):
     import mlflow
 
@@ -137,6 +139,7 @@ def test_steps_run_one_by_one_must_fit_together(kedro_run, raw, monkeypatch, tmp
     assert len(runs) == 6
 
 
+@pytest.mark.usefixtures("quick_nets")
 def test_an_interrupted_fit_goes_on_and_its_new_run_has_the_whole_curve(kedro_run, raw, monkeypatch, caplog, project):
     import mlflow
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 
@@ -12,8 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from lumbarflow import models, tracking
-from lumbarflow.backend import load_keras
+from lumbarflow import tracking
 
 SETTINGS = {
     "preprocess": {"size": [32, 32]},
@@ -28,18 +26,7 @@ SPACE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_net(monkeypatch):
-    """In the place of the net that the parameters name: the search is looked at, not the net."""
-    entry = models.find("modified_unet")
-
-    @functools.wraps(entry.build)  # its signature says which settings there are
-    def one_layer(size, channels, classes, *, precision, **settings):
-        keras = load_keras()
-        inputs = keras.Input((*size, channels))
-        return keras.Model(inputs, keras.layers.Conv2D(classes, 1, activation="softmax")(inputs), name="one_layer")
-
-    monkeypatch.setitem(models.MODELS, entry.name, models.Entry(entry.name, "One layer", one_layer))
+pytestmark = pytest.mark.usefixtures("quick_nets")
 
 
 def children(experiment="lumbarflow"):

@@ -37,7 +37,9 @@ def zipped(*entries: tuple[Any, bytes], method: int = zipfile.ZIP_DEFLATED) -> b
     with zipfile.ZipFile(file, "w", method) as archive, pytest.MonkeyPatch.context() as quiet:
         quiet.setattr("warnings.warn", lambda *arguments, **options: None)  # of names that come twice
         for name, content in entries:
-            archive.writestr(name, content)
+            # Of one date: the same bytes, and so the same tests, in every process.
+            entry = zipfile.ZipInfo(name) if isinstance(name, str) else name
+            archive.writestr(entry, content, compress_type=method if isinstance(name, str) else None)
     return file.getvalue()
 
 

@@ -673,7 +673,7 @@ def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path, small_
     for folder, command in lines.items():
         _, *arguments = command.split()
         done = subprocess.run(
-            [sys.executable, "-m", "kedro", *arguments, "--params=training.epochs=2"],
+            [sys.executable, "-m", "kedro", *arguments, "--params=training.epochs=1"],
             cwd=folder, env=environment, capture_output=True, text=True, timeout=800,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -691,6 +691,6 @@ def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path, small_
         (version,) = client.search_model_versions("name='lumbar-unet'")
         assert version.run_id == run.info.run_id
         assert run.info.status == "FINISHED"
-        assert run.data.params["training.epochs"] == "2"
+        assert run.data.params["training.epochs"] == "1"
         found[folder.name] = (run.data.params.keys(), run.data.metrics.keys())
     assert found["steps"] == found["whole"]

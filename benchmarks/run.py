@@ -101,6 +101,7 @@ def preprocess(folder: Path, settings: dict, arguments) -> tuple[int, float]:
                 "synthetic": True,
                 "image_digest": "",
                 "mask_digest": "",
+                "key": "",
             }
             for name in records
         ]

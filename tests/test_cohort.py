@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lumbarflow.apta import apta
-from lumbarflow.cohort import Scan, ingest_scan, read_external_mask, sagittal_ids, take_inventory
+from lumbarflow.cohort import Scan, ingest_scan, read_external_mask, take_inventory
 from lumbarflow.imaging import LabelMap, Orientation, VolumeError, read_volume, to_sagittal, write_volume
 from lumbarflow.labels import LabelTable
 
@@ -60,6 +60,17 @@ def test_the_longest_sequence_is_taken(sequences):
 def test_a_sequence_is_text_not_a_pattern():
     assert take_inventory(["1_tx2.mha"], [], [], ["t.2"]).scans[0].problem
     assert not take_inventory(["1_t.2.mha"], [], [], ["t.2"]).scans[0].problem
+
+
+def test_a_series_that_the_overview_has_twice_needs_one_subset():
+    twice = [{"new_file_name": "1_t2", "subset": "validation"}, {"new_file_name": "1_t2.mha", "subset": "Validation"}]
+    (scan,) = take_inventory(["1_t2.mha"], ["1_t2.mha"], twice, SEQUENCES).scans
+    assert scan.row["subset"] == "validation"
+    twice[1]["subset"] = "training"
+    with pytest.raises(
+        ValueError, match=r"overview.csv: 1_t2 stands there with the subsets 'validation' and 'training'"
+    ):
+        take_inventory(["1_t2.mha"], ["1_t2.mha"], twice, SEQUENCES)
 
 
 def test_images_masks_and_rows_are_paired_by_name():
@@ -338,6 +349,24 @@ def test_an_image_without_contrast_between_the_percentiles_is_rejected(make_pair
     assert "constant (0) between percentiles 10 and 90" in record["found"]
 
 
+def test_a_mask_is_turned_as_its_image_is(make_pair):
+    """At 45 degrees a rounding decides which axis is the sagittal one."""
+
+    def turned(degrees):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+    image, mask = make_pair((6, 16, 16), direction=turned(45.002), spacing_mm=(1.0, 1.0, 4.0))
+    mask = LabelMap(mask.array, mask.spacing_mm, mask.origin_mm, turned(44.998))
+    image = image.with_array(TABLE.classes(mask.array).astype(np.int16))
+    for method in ("direct", "apta"):
+        files = ingest_scan(scan(), lambda: image, lambda: mask, TABLE, TOLERANCES, (0, 100), method)
+        assert files["record.json"]["outcome"] == "accepted"
+        if method == "direct":
+            np.testing.assert_array_equal(files["labels.mha"].array, files["image.mha"].array)
+        np.testing.assert_array_equal(files["labels.mha"].direction, files["image.mha"].direction)
+
+
 # --- classes by the paper's way ---------------------------------------------------------------------------------------
 
 
@@ -345,7 +374,7 @@ def test_apta_makes_the_classes_if_it_is_asked_for(make_pair):
     image, mask = make_pair((5, 12, 9))
     arguments = (scan(), lambda: image, lambda: mask, TABLE, TOLERANCES, PERCENTILES)
     direct, by_apta = ingest_scan(*arguments), ingest_scan(*arguments, "apta")
-    np.testing.assert_array_equal(by_apta["labels.mha"].array, apta(sagittal_ids(mask)))
+    np.testing.assert_array_equal(by_apta["labels.mha"].array, apta(to_sagittal(mask)[0].array))
     assert np.any(by_apta["labels.mha"].array != direct["labels.mha"].array)
     assert by_apta["labels.mha"].spacing_mm == direct["labels.mha"].spacing_mm
 

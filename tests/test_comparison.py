@@ -233,3 +233,5 @@ def test_seeds_are_summarised_by_recipe_and_class():
     assert row["dice_std"] == pytest.approx(0.1 / 2**0.5)
     assert row["asd_mm_mean"] == pytest.approx(0.98), "mean over cases"
     assert (table.iloc[4]["seeds"], np.isnan(table.iloc[4]["dice_std"])) == (1, True)
+    # What the mean ASD is over, and what it is silent of.
+    assert (row["n_surface"], row["n_missing_prediction"]) == (2 * 5, 2 * 1)

@@ -284,6 +284,31 @@ def test_tables_of_two_patients_by_hand():
     assert np.isnan(intervals.loc[("case mean", "vertebrae", "soft_dice"), "value"]), "no probabilities were given"
 
 
+def test_intervals_say_of_how_many_cases_they_are():
+    reference, worse = blocks()
+    without = np.where(reference == 3, 0, reference)
+    evaluated = evaluate_cases(
+        to_read(case("a_t1", "a", without, without), case("b_t1", "b", without, np.where(worse == 3, 0, worse))),
+        SETTINGS,
+    )
+    rows = evaluated.intervals[evaluated.intervals["metric"] == "dice"].set_index(["class", "scope"])
+    for scope in ("pooled", "case mean"):
+        assert rows.loc[("vertebrae", scope), ["n_cases", "n_undefined"]].tolist() == [2, 0]
+        assert rows.loc[("IVD", scope), ["n_cases", "n_undefined"]].tolist() == [0, 2], "no case has any"
+
+
+def test_references_that_are_not_the_model_inputs_are_an_error(series, tmp_path):
+    data, predictions, update, _, _ = predict(series, tmp_path)
+    keys = {name: series.record(name)["key"] for name in series.series()}
+    data.manifest["ingested"] = keys
+    update()
+    assert list(predicted_cases(data.manifest, series, predictions)) == ["1_t1", "2_t1"]
+    data.manifest["ingested"] = keys | {"2_t1": "of other labels"}
+    for act in (update, lambda: predicted_cases(data.manifest, series, predictions)):
+        with pytest.raises(ValueError, match="2_t1: the model input was made from another scan of this name"):
+            act()
+
+
 def test_the_ceiling_is_a_scope_of_its_own():
     reference, _ = blocks()
     ceiling = np.diag([100, 40, 16, 8])

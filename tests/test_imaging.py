@@ -623,6 +623,10 @@ def test_axes_whose_directions_nobody_states_are_an_error(plain, suffix, old, ne
         ([(252, "h", 0), (280, "f", math.inf)], "an orientation that isn't finite"),
         ([(252, "h", 0), (84, "f", 9.0)], "a spacing of 0.5 9 4 mm beside an sform of 0.5 0.75 4 mm"),
         ([(252, "h", 0), (280, "12f", *[0] * 12)], "a spacing of 0.5 0.75 4 mm beside an sform of 0 0 0 mm"),
+        (
+            [(252, "2h", 1, 1), (280, "12f", *[-1, 0, 0, 9, 0, -1.5, 0, 9, 0, 0, 8, 9])],  # only this was rewritten
+            "a spacing of 0.5 0.75 4 mm beside an sform of 1 1.5 8 mm",
+        ),
     ],
 )
 def test_a_nifti_file_without_a_sound_orientation_is_an_error(plain, capfd, fields, found):

@@ -41,6 +41,19 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_slices_that_are_newer_than_the_manifest_are_an_error(root):
+    manifest = json.loads((root / "manifest.json").read_text())
+    for name, facts in manifest["series"].items():
+        facts["digest"] = f"of {name}"
+        (root / "series" / name / "record.json").write_text(json.dumps({"digest": f"of {name}"}))
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    ModelInput.open(root).check_complete("train", "validation")
+    (root / "series/2_t1/record.json").write_text(json.dumps({"digest": "of other settings"}))
+    ModelInput.open(root).check_complete("validation", "test")  # it is on neither
+    with pytest.raises(ValueError, match=r"2_t1/record.json: its slices are not those that manifest.json describes"):
+        ModelInput.open(root).check_complete("train")
+
+
 def test_slices_come_in_a_fixed_order(root):
     opened = ModelInput.open(root)
     assert opened.manifest == MANIFEST and opened.size == (4, 6)

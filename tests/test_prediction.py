@@ -207,6 +207,16 @@ def test_nothing_is_overwritten_unless_allowed(scans_folder, tmp_path, segmenter
     assert set(rows["model"]) == {"net 2"} and set(rows["outcome"]) == {"segmented"}
 
 
+def test_what_a_new_mask_comes_without_is_removed_with_the_old_one(scans_folder, tmp_path, segmenter):
+    output = tmp_path / "masks"
+    run(scans_folder, output, segmenter, preview=True)
+    assert (output / "a_preview.png").is_file()
+    (output / "a_notes.png").write_text("by hand")
+    run(scans_folder, output, segmenter, model="net 2", digest="2", overwrite=True)
+    assert (output / "a_seg.nii.gz").is_file() and not (output / "a_preview.png").exists()
+    assert (output / "a_notes.png").read_text() == "by hand"
+
+
 def test_somebody_elses_mask_is_not_overwritten(scans_folder, tmp_path, segmenter):
     output = tmp_path / "masks"
     output.mkdir()

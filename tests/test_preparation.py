@@ -66,6 +66,7 @@ def manifest(records=dict, **changes) -> dict:
             "synthetic": [False, False],
             "image_digest": ["i1", "i2"],
             "mask_digest": ["m1", "m2"],
+            "key": ["k1", "k2"],
         }
     )
     slice_index = pd.DataFrame(

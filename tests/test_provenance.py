@@ -3,7 +3,16 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lumbarflow.provenance import check_cohort, check_evaluation, check_training, mark_table, unmarked_if_of
+from lumbarflow.provenance import (
+    check_cohort,
+    check_evaluation,
+    check_ingested,
+    check_labels,
+    check_training,
+    mark_table,
+    unmarked_if_of,
+)
+from lumbarflow.store import SeriesStore, Work
 
 MANIFEST = {"content_hash": "abcdef0123"}
 
@@ -51,3 +60,18 @@ def test_a_table_of_other_data_is_known_by_its_marks():
     half = unmarked_if_of(mark_table(table, data_hash="d"), {"data_hash": "d", "content_hash": "x"})
     pd.testing.assert_frame_equal(half, table)
     assert unmarked_if_of(pd.DataFrame(), {"data_hash": "d"}).empty
+
+
+def test_series_that_were_ingested_with_other_labels_are_named():
+    index = pd.DataFrame({"series": ["1_t1", "2_t1", "3_t1"], "labels_digest": ["d", "e", "e"]})
+    check_labels(index.iloc[:1], "d")
+    with pytest.raises(ValueError, match=r"2_t1 and 1 more series were ingested with another labels.table"):
+        check_labels(index, "d")
+
+
+def test_series_that_were_ingested_anew_are_named(tmp_path):
+    series = SeriesStore(tmp_path)
+    series.update({name: Work(f"key of {name}", lambda: {"record.json": {}}) for name in ("1_t1", "2_t1")})
+    check_ingested({"1_t1": "key of 1_t1"}, series, "the model input")
+    with pytest.raises(ValueError, match=r"2_t1: the model input was made from another scan of this name, or from"):
+        check_ingested({"1_t1": "key of 1_t1", "2_t1": "former"}, series, "the model input")

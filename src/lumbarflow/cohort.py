@@ -98,13 +98,21 @@ def take_inventory(
         only: the one of them to use; None for all.
     Raises:
         ValueError: `only` is none of the sequences; or a subset that is neither empty nor one of SUBSETS; taken for
-            empty, it would let official test patients train.
+            empty, it would let official test patients train; or a series with two subsets.
     """
     if only is not None and only not in sequences:
         raise ValueError(f"ingest.only is {only!r}; expected null or one of {', '.join(sequences)}")
     inventory = Inventory()
     # Some list the series by its file's name.
-    rows = {split_volume_name(str(row["new_file_name"]).strip())[0]: _with_subset(row) for row in overview}
+    rows: dict[str, Mapping[str, Any]] = {}
+    for row in map(_with_subset, overview):
+        series = split_volume_name(str(row["new_file_name"]).strip())[0]
+        if series in rows and rows[series].get("subset") != row.get("subset"):
+            raise ValueError(
+                f"overview.csv: {series} stands there with the subsets {rows[series].get('subset')!r} and "
+                f"{row.get('subset')!r}; expected one, or an official test patient may train. Remove one of its rows."
+            )
+        rows[series] = row
     files: dict[str, dict[str, list[str]]] = {}
     for folder, names in (("images", images), ("masks", masks)):
         present = set(names)
@@ -213,7 +221,7 @@ def ingest_scan(
     sagittal, orientation = to_sagittal(image)
     sagittal_classes, _ = to_sagittal(classes)
     if label_method == "apta":
-        sagittal_classes = sagittal_classes.with_array(apta(sagittal_ids(mask)))
+        sagittal_classes = sagittal_classes.with_array(apta(orientation.apply(mask.array)))
     record |= {
         "outcome": ACCEPTED,
         "file": f"images/{scan.image}",
@@ -235,11 +243,6 @@ def ingest_scan(
         **facts,
     }
     return {"record.json": record, "image.mha": sagittal, "labels.mha": sagittal_classes}
-
-
-def sagittal_ids(mask: LabelMap) -> np.ndarray:
-    """The raw label ids of a mask in any storage order, (slice, row, column)."""
-    return to_sagittal(mask)[0].array
 
 
 def read_external_mask(
@@ -377,4 +380,5 @@ def _check_pair(
         "subset": row.get("subset") or "",
         "synthetic": str(row.get("SeriesDescription") or "").strip() == SYNTHETIC_MARK,
     }
-    return LabelMap(classes, mask.spacing_mm, mask.origin_mm, mask.direction), facts
+    # On the image's grid to the last digit: at 45 degrees these decide which axis is which.
+    return LabelMap(classes, image.spacing_mm, image.origin_mm, image.direction), facts

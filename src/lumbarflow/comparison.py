@@ -193,7 +193,9 @@ def seeds_table(by_class: pd.DataFrame, names: Mapping[str, tuple[str, int]]) ->
         names: run -> (recipe, seed).
     Returns:
         recipe, class (foreground classes, then their mean), seeds, and of the pooled Dice on the native grid and of the
-        mean ASD over cases in mm: mean, standard deviation over seeds (n - 1; NaN of one seed), lowest and highest.
+        mean ASD over cases in mm: mean, standard deviation over seeds (n - 1; NaN of one seed), lowest and highest; and
+        the sums over seeds of n_surface and n_missing_prediction, the cases with an ASD and those whose structure was
+        missed: the fewer have one, the less it says.
     """
     rows = by_class.assign(recipe=[names[run][0] for run in by_class["run"]])
     order = [*(CLASSES[index] for index in FOREGROUND), MEAN_FOREGROUND]
@@ -206,6 +208,8 @@ def seeds_table(by_class: pd.DataFrame, names: Mapping[str, tuple[str, int]]) ->
                 values = chosen.loc[[scope], figure]
                 row |= {f"{figure}_mean": values.mean(), f"{figure}_std": values.std(ddof=1)}
                 row |= {f"{figure}_lowest": values.min(), f"{figure}_highest": values.max()}
+            for count in ("n_surface", "n_missing_prediction"):
+                row[count] = int(chosen.loc[["case mean"], count].sum())
             table.append(row)
     return pd.DataFrame(table)
 

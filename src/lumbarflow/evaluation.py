@@ -35,11 +35,12 @@ from lumbarflow.files import code_digest, value_digest
 from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.inference import Segmenter
 from lumbarflow.labels import FOREGROUND
-from lumbarflow.model_input import PREDICTION, SIDES, ModelInput
+from lumbarflow.model_input import INGESTED, PREDICTION, SIDES, ModelInput
 from lumbarflow.onnx_network import OnnxNetwork
 from lumbarflow.parallel import Workers, raise_failures
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import track
+from lumbarflow.provenance import check_ingested
 from lumbarflow.store import RECORD, SeriesStore, Work
 
 # The section `evaluation` of the parameters.
@@ -136,6 +137,7 @@ def prediction_work(
         return value_digest([code, series.record(name)["key"], weights, network, segmenter_settings])
 
     names = sorted(_slices_of_side(model_input.manifest, side))
+    _check_ingested(model_input.manifest, names, series)
     return {name: Work(key(name), partial(predict, name)) for name in names}
 
 
@@ -207,10 +209,18 @@ def predicted_cases(
         entry: series -> its entry's name in `predictions`.
         side: one of `model_input.SIDES`.
     """
+    slices = _slices_of_side(manifest, side)
+    _check_ingested(manifest, slices, series)
     return {
         name: partial(read_case, series, predictions, name, entry(name), tested)
-        for name, tested in sorted(_slices_of_side(manifest, side).items())
+        for name, tested in sorted(slices.items())
     }
+
+
+def _check_ingested(manifest: Mapping[str, Any], names: Iterable[str], series: SeriesStore) -> None:
+    # A manifest of an earlier version does not say.
+    keys = manifest.get(INGESTED, {})
+    check_ingested({name: keys[name] for name in names if name in keys}, series, "the model input")
 
 
 def _slices_of_side(manifest: Mapping[str, Any], side: str) -> dict[str, list[int]]:
@@ -324,8 +334,8 @@ def _intervals(by_case: pd.DataFrame, patients: Mapping[str, np.ndarray], settin
     columns = [*metrics.figure_columns(settings["metrics"]["nsd_tolerances_mm"]), "detection_rate"]
     of_cases = statistics.patient_bootstrap(by_case, columns, by=["class"], **options)
     pooled = statistics.pooled_bootstrap(patients, metrics.SCORES, **options)
-    there = by_case[by_case["missing"] != "both"].groupby("class")["series"].nunique()
-    counts = pooled["class"].map(there).fillna(by_case["series"].nunique()).astype(int)
+    there = (by_case["missing"] != "both").groupby(by_case["class"]).sum()
+    counts = pooled["class"].map(there).fillna(by_case["series"].nunique()).astype(int)  # (the mean has no rows)
     tables = [
         pooled.assign(scope="pooled", n_cases=counts, n_undefined=by_case["series"].nunique() - counts),
         of_cases.rename(columns={"mean": "value"}).assign(scope="case mean", n_undefined_draws=0),

@@ -202,6 +202,7 @@ _METAIMAGE_BYTES = {
 _HEADER_LIMIT = 65536  # no header comes near it
 _BLOCK = 65536
 _GZIP = b"\x1f\x8b"
+_NIFTI_SCANNER = 1  # an sform_code
 _ZLIB_OR_GZIP = 47  # zlib's `wbits` for: either, told by its header
 _COPY_AGAIN = "Copy or export it again."
 # NRRD's names of spaces whose directions ITK turns into LPS; it takes those of any other space for LPS.
@@ -394,9 +395,13 @@ def _nifti_geometry(path: Path) -> tuple[list[float], str]:
         return spacing, f"no orientation (qform_code {qform}, sform_code {sform})"
     if not np.all(np.isfinite((quaternion if qform > 0 else ()) + (affine if sform > 0 else ()))):
         return spacing, "an orientation that isn't finite"
-    lengths = np.linalg.norm(np.reshape(affine, (3, 4))[:, :3], axis=0)
-    # With a qform, the spacing is the one it was made with, and the sform may lead into the space of some atlas.
-    if qform <= 0 and dimensions >= 3 and not np.allclose(lengths, np.abs(spacing), rtol=0.01, atol=0):
+    columns = np.reshape(affine, (3, 4))[:, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    # With a qform, the spacing is the one it was made with, and the sform may lead into the space of some atlas. Of one
+    # that is the scanner's (1), ITK takes origin and axes all the same, if they are at right angles.
+    angles = columns.T @ columns / np.maximum(np.outer(lengths, lengths), 1e-12)
+    counts = qform <= 0 or (sform == _NIFTI_SCANNER and np.allclose(angles, np.eye(3), atol=1e-3))
+    if counts and dimensions >= 3 and not np.allclose(lengths, np.abs(spacing), rtol=0.01, atol=0):
         return spacing, f"a spacing of {_numbers(spacing)} mm beside an sform of {_numbers(lengths)} mm"
     return spacing, ""
 

@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 SIDES = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 IMAGES, LABELS = "images.npy", "labels.npy"
+INGESTED = "ingested"  # in the manifest: series -> key of the ingested series that its slices were made from
 
 # What a `lumbarflow.inference.Segmenter` takes from the section `preprocess`, and from the section `evaluation`.
 PREPARATION = ("size", "keep_aspect", "normalisation", "percentiles")
@@ -103,10 +104,18 @@ class ModelInput:
             )
 
     def check_complete(self, *sides: str) -> None:
-        """Raise ValueError for a missing or cut-off file of these sides, such as an interrupted copy leaves."""
+        """Raise ValueError for a missing or cut-off file of these sides, such as an interrupted copy leaves, or one that
+        is newer than the manifest, as an interrupted preprocess leaves it."""
         for series in sorted({series for side in sides for series in self.manifest["sides"][side]}):
             for name in (IMAGES, LABELS):
                 self._map(series, name)
+            record = self.root / "series" / series / "record.json"
+            digest = self.manifest["series"][series].get("digest")
+            if digest and record.is_file() and read_json(record)["digest"] != digest:
+                raise ValueError(
+                    f"{record}: its slices are not those that {MANIFEST} describes; expected the same. An interrupted "
+                    "preprocess leaves it so: run preprocess again, to its end."
+                )
 
     def slices(self, side: str) -> list[tuple[str, int]]:
         """(series, slice) of one side, in a fixed order: series by name, slices from left to right."""
@@ -137,8 +146,11 @@ class ModelInput:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
                 f"{path}: it cannot be read ({reason}); expected an array {expected}. Copy the whole folder again, or "
-                "run preprocess again."
+                f"remove {path.parent} and run preprocess."
             ) from error
         if array.shape != expected:
-            raise ValueError(f"{path}: shape {array.shape}; expected {expected} from {MANIFEST}. Run preprocess again.")
+            raise ValueError(
+                f"{path}: shape {array.shape}; expected {expected} from {MANIFEST}. Remove {path.parent} and run "
+                "preprocess."
+            )
         return array

@@ -206,6 +206,7 @@ class PredictionFolder(SeriesStore):
         # The record comes first, without its key, and again last, with it: what an interruption cut short is then known
         # as ours, and made again.
         record["outputs"] = sorted(files)
+        former = self.known(series) or {}
         if self.is_made_by(series, work.key):  # only some are gone; the others may have been corrected by hand
             files = {
                 name: value
@@ -214,6 +215,11 @@ class PredictionFolder(SeriesStore):
             }
         interrupted = _without_mask(record["row"], VolumeError(series, *_INTERRUPTED)) if files else {}
         write_json(self.path(series, RECORD), {**record, **interrupted, "key": None})
+        if files and former.get("key") != work.key:
+            # A picture or a DICOM-SEG of another net or other settings would be taken for this mask's. (A scan that
+            # fails now keeps what it had.)
+            for file in _files_of(set(former.get("outputs", [])) - set(record["outputs"])):
+                self.path(series, file).unlink(missing_ok=True)
         try:
             for name, value in files.items():
                 if isinstance(value, Volume):

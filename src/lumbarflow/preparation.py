@@ -13,7 +13,7 @@ from lumbarflow.imaging import LabelMap, Volume
 from lumbarflow.intensity import normalisation_of
 from lumbarflow.labels import CLASSES, LabelTable, class_counts
 from lumbarflow.metrics import confusion_matrix
-from lumbarflow.model_input import FORMAT_VERSION, IMAGES, LABELS, SIDES
+from lumbarflow.model_input import FORMAT_VERSION, IMAGES, INGESTED, LABELS, SIDES
 from lumbarflow.resampling import InPlaneGrid
 
 # The section `preprocess` of the parameters.
@@ -64,6 +64,11 @@ def label_settings(labels: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": labels["method"], "table": LabelTable(labels["table"]).to_dict()}
 
 
+def labels_digest(labels: Mapping[str, Any]) -> str:
+    """Digest of what the labels mean: of the section `labels` of the parameters, or of `label_settings` of it."""
+    return value_digest(label_settings(labels))
+
+
 def data_hash(series_index: pd.DataFrame, labels: Mapping[str, Any]) -> str:
     """Digest of the accepted scans and the meaning of their labels, not of the preprocessing: two models that look at
     the same patients through different input sizes can be compared.
@@ -97,7 +102,8 @@ def build_manifest(
     """The manifest of a model input folder (see `lumbarflow.model_input`).
 
     Args:
-        series_index: accepted series with `series`, `patient`, `sequence`, `synthetic`, `image_digest`, `mask_digest`.
+        series_index: accepted series with `series`, `patient`, `sequence`, `synthetic`, `image_digest`, `mask_digest`,
+            `key` (of the ingested series).
         slice_index: see `selection.index_slices`.
         records: series -> record of `prepare_series`.
         settings: `preprocess`, `split`, `filter`, `labels` as they were used.
@@ -127,7 +133,9 @@ def build_manifest(
         },
         "sides": sides,
     }
-    return manifest | {"content_hash": value_digest(manifest)}
+    # Not of the content: other code may ingest the same voxels under another key.
+    ingested = {row.series: row.key for row in series_index.itertuples()}
+    return manifest | {"content_hash": value_digest(manifest), INGESTED: ingested}
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from lumbarflow.store import SeriesStore
+
 # What of a manifest a table can carry to say what it was made from: the scans alone, or all of the model input.
 HASHES = ("data_hash", "content_hash")
 
@@ -29,6 +31,43 @@ def unmarked_if_of(table: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataF
     if not marks or not all((table[name] == manifest[name]).all() for name in marks):
         return None
     return table.drop(columns=marks)
+
+
+def check_labels(series_index: pd.DataFrame, digest: str) -> None:
+    """Stop if series were ingested with other labels than are told of them.
+
+    Args:
+        series_index: `series`, `labels_digest`.
+        digest: `preparation.labels_digest` of what is told.
+    Raises:
+        ValueError: names the first series.
+    """
+    others = series_index.loc[series_index["labels_digest"] != digest, "series"]
+    if len(others):
+        raise ValueError(
+            f"{others.iloc[0]} and {len(others) - 1} more series were ingested with another labels.table or "
+            "labels.method than the one at hand; expected the same. Run ingest, and what comes after it, with the same "
+            "labels."
+        )
+
+
+def check_ingested(keys: Mapping[str, str], series: SeriesStore, what: str) -> None:
+    """Stop if ingested series are not those that something was made from: other scans, labels or settings since.
+
+    Args:
+        keys: series -> key of the ingested series that it was made from.
+        series: the ingested series at hand.
+        what: was made from them, for the error.
+    Raises:
+        ValueError: names the first series.
+    """
+    for name, key in keys.items():
+        if series.record(name).get("key") != key:
+            raise ValueError(
+                f"{name}: {what} was made from another scan of this name, or from other labels or settings of ingest, "
+                "than the ingested series at hand; expected the same. Run ingest, and what comes after it, with the "
+                "same raw_dir and settings."
+            )
 
 
 def check_training(record: Mapping[str, Any], weights: str, manifest: Mapping[str, Any]) -> None:

@@ -333,15 +333,18 @@ def _number(value: Any) -> Any:
 
 
 def keep_record(record: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """What is written down beside a net, once: a training that is only taken up again keeps what it said of itself.
+    """What is written down beside a net, once: a training that is only taken up again keeps what it said of itself, one
+    that went on says what it has become, if only that more epochs brought no better net.
 
     Args:
         record: of `describe_training`, perhaps with more.
         output: the training's folder.
     """
     path = output / RECORD
-    if path.is_file() and (former := read_json(path)).get("weights") == record["weights"]:
-        return former
+    if path.is_file():
+        former = read_json(path)
+        if all(former.get(name) == record.get(name) for name in ("weights", "epochs", "stopped_by")):
+            return former
     write_json(path, record)
     return dict(record)
 

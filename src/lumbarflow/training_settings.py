@@ -11,6 +11,7 @@ from typing import Any
 
 from lumbarflow.augmentation import AugmentationSettings
 from lumbarflow.files import code_digest, file_digest, value_digest
+from lumbarflow.model_input import INGESTED
 from lumbarflow.parameters import check_names
 
 SECTIONS = ("model", "loss", "training", "augmentation")
@@ -188,7 +189,8 @@ def training_key(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> st
         manifest: of the model input.
         settings: SECTIONS, complete or not.
     """
-    return value_digest([manifest, effective(settings, (*WITHOUT_EFFECT, "max_minutes"))])
+    prepared = {name: value for name, value in manifest.items() if name != INGESTED}  # what came of that is in there
+    return value_digest([prepared, effective(settings, (*WITHOUT_EFFECT, "max_minutes"))])
 
 
 def training_code(build: Callable) -> dict[str, str]:

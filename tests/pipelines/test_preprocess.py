@@ -50,6 +50,21 @@ def test_changed_preprocessing_is_done_again_and_changed_splits_and_filters_are_
         assert "preprocess: 5 made, 0 unchanged" in caplog.text
 
 
+def test_labels_of_another_table_and_a_half_made_ingest_are_an_error(ingested, kedro_run, raw, write_scan, monkeypatch):
+    with pytest.raises(
+        ValueError, match="1_t1 and 4 more series were ingested with another labels.table or labels.meth"
+    ):
+        kedro_run("preprocess", labels={"method": "apta"})
+    kedro_run("preprocess")
+    # A second ingest that ends before its table is written: the scans are newer than what the table says of them.
+    write_scan(raw, "1_t1", seed=9)
+    with pytest.raises(ValueError, match="ingest.max_rejected_fraction"):
+        (raw / "masks/2_t2.nrrd").unlink()
+        kedro_run("ingest", raw_dir=str(raw), ingest={"max_rejected_fraction": 0.0})
+    with pytest.raises(ValueError, match="1_t1: series_index was made from another scan of this name"):
+        kedro_run("preprocess")
+
+
 def test_the_index_keeps_slices_that_the_filter_left_out(ingested, kedro_run, caplog):
     with caplog.at_level(logging.INFO):
         catalog = kedro_run("preprocess", filter={"slices_per_sequence": 2})

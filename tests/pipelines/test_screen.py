@@ -9,6 +9,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from lumbarflow.model_input import ModelInput
+from lumbarflow.pipelines.recipes.nodes import plan_recipes
+
 SETTINGS = {
     "filter": {"minimum_classes": 3},
     "preprocess": {"size": [32, 32]},
@@ -21,6 +24,11 @@ pytestmark = pytest.mark.usefixtures("quick_nets")
 NAMES = list(
     yaml.safe_load((Path(__file__).parents[2] / "conf/base/parameters_screen.yml").read_text())["screen"]["rows"]
 )
+
+
+@pytest.fixture
+def model_input_of_nothing(tmp_path) -> ModelInput:
+    return ModelInput(tmp_path, {"size": [32, 32]})
 
 
 def screen(rows, **changes):
@@ -95,6 +103,14 @@ def test_recipes_are_scored_on_the_test_patients_with_each_seed(kedro_run, raw, 
 def test_seeds_are_named_once(kedro_run, raw):
     with pytest.raises(ValueError, match=r"recipes.seeds is \[1, 1\]; expected at least one, none of them twice"):
         kedro_run("recipes", **SETTINGS, raw_dir=str(raw), recipes={"seeds": [1, 1]})
+
+
+def test_a_recipe_has_no_seed_of_its_own(model_input_of_nothing):
+    rows = {"ours": {"training": {"seed": 1}}, "later": "not today"}
+    with pytest.raises(
+        ValueError, match=r"recipes.rows.ours.training.seed is set; expected none, as recipes.seeds says"
+    ):
+        plan_recipes(model_input_of_nothing, {}, {}, {}, {}, {"seeds": [7, 8], "rows": rows})
 
 
 def test_a_leaky_split_is_neither_screened_nor_gives_final_rows(kedro_run, raw):

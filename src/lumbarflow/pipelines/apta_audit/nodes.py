@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lumbarflow.apta import apta, audit, summarise_audit
-from lumbarflow.cohort import sagittal_ids
-from lumbarflow.imaging import LabelMap
+from lumbarflow.imaging import LabelMap, Orientation
 from lumbarflow.labels import LabelTable
 from lumbarflow.preparation import data_hash, label_settings
 from lumbarflow.progress import track
@@ -26,7 +25,8 @@ def audit_apta(
     """Both ways from raw ids to classes, slice by slice: a table of all slices, and a summary (twice)."""
     table, rows = LabelTable(labels["table"]), []
     for name in track(series_index["series"].tolist(), "audit"):
-        ids = sagittal_ids(masks[series.record(name)["mask"]]())
+        record = series.record(name)
+        ids = Orientation.from_dict(record["orientation"]).apply(masks[record["mask"]]().array)
         rows += [{"series": name} | row for row in audit(table.classes(ids), apta(ids))]
     slices = pd.DataFrame(rows)
     summary = summarise_audit(slices)

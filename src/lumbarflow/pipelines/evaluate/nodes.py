@@ -38,6 +38,7 @@ def predict_test(
     check_names(settings, evaluation.SETTINGS, "evaluation")
     weights = weights_digest(model)
     check_training(training_record, weights, model_input.manifest)
+    model_input.check_complete("test")
     tracking.tag_manifest(model_input.manifest)
     network = value_digest(model.to_json())
     return evaluation.prediction_work(lambda: for_inference(model), weights, network, model_input, series, settings)

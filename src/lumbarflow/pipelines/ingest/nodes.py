@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lumbarflow import apta, cohort, imaging, intensity
+from lumbarflow import apta, cohort, imaging, intensity, preparation
 from lumbarflow import labels as label_module
 from lumbarflow.cohort import (
     ABSENT,
@@ -62,12 +62,14 @@ def ingest_series(
         len(inventory.scans), len(inventory.absent), len(inventory.ignored),
     )  # fmt: skip
     table = LabelTable(labels["table"])
+    labels_digest = preparation.labels_digest(labels)
     code = source_digest(apta, cohort, imaging, intensity, label_module)
     work = {}
     for scan in track(inventory.scans, "looking for changed files"):
         digests = {
             "image_digest": digest_of(image_digests, scan.image),
             "mask_digest": digest_of(mask_digests, scan.mask),
+            "labels_digest": labels_digest,
         }
         row = {name: (scan.row or {}).get(name) for name in ("subset", "SeriesDescription")} if scan.row else None
         key = value_digest(
@@ -75,7 +77,7 @@ def ingest_series(
                 code,
                 digests,
                 [scan.patient, scan.sequence, scan.problem, row],
-                [labels["method"], table.to_dict(), settings["tolerances"], percentiles],
+                [settings["tolerances"], percentiles],
             ]
         )
 
@@ -149,7 +151,7 @@ def index_series(series: SeriesStore, report: pd.DataFrame, settings: dict[str, 
         )
     columns = [
         "series", "patient", "sequence", "subset", "listed", "synthetic", "n_slices", "rows", "columns",
-        "row_spacing_mm", "column_spacing_mm", "slice_spacing_mm", "image_digest", "mask_digest", "key",
+        "row_spacing_mm", "column_spacing_mm", "slice_spacing_mm", "image_digest", "mask_digest", "labels_digest", "key",
     ]  # fmt: skip
     accepted = (record for record in series.records().values() if record["outcome"] == ACCEPTED)
     return pd.DataFrame([{name: record[name] for name in columns} for record in accepted])

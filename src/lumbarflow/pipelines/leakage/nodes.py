@@ -40,7 +40,7 @@ def plan_leakage(
     for name in SPLITS:
         changed = split | settings[name]
         logger.info("split by %s:", name)
-        slice_index = index_slices(split_series(series_index, changed), series, filter_settings)
+        slice_index = index_slices(split_series(series_index, changed), series, series_index, filter_settings)
         manifest = manifest_of(prepared, series_index, slice_index, preprocess, changed, filter_settings, labels)
         budget = {"model": model, "loss": loss, "training": training, "augmentation": augmentation}
         plan[name] = comparison.plan_run(manifest, budget)

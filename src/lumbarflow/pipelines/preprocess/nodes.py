@@ -14,6 +14,7 @@ from lumbarflow.files import source_digest, value_digest
 from lumbarflow.model_input import SIDES
 from lumbarflow.parameters import check_names
 from lumbarflow.progress import counted
+from lumbarflow.provenance import check_ingested, check_labels
 from lumbarflow.store import SeriesStore, Work
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,11 @@ def split_series(series_index: pd.DataFrame, settings: dict[str, Any]) -> pd.Dat
     return table
 
 
-def index_slices(table: pd.DataFrame, series: SeriesStore, settings: dict[str, Any]) -> pd.DataFrame:
+def index_slices(
+    table: pd.DataFrame, series: SeriesStore, series_index: pd.DataFrame, settings: dict[str, Any]
+) -> pd.DataFrame:
     """Apply the slice filters, keeping every slice in the table."""
+    _check_index(series_index, series)
     counts = {name: np.array(series.record(name)["class_counts"]) for name in table["series"].unique()}
     index = selection.index_slices(table, counts, settings)
     for (side, reason), rows in index[~index["kept"]].groupby(["side", "reason"]):
@@ -48,6 +52,7 @@ def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: di
     """Plan the normalised, resampled arrays of every series; each is made only if something has changed."""
 
     check_names(settings, preparation.SETTINGS, "preprocess")
+    _check_index(series_index, series)
     code = source_digest(preparation, resampling, intensity)
 
     def prepare(name: str) -> dict[str, Any]:
@@ -58,6 +63,11 @@ def prepare_series(series: SeriesStore, series_index: pd.DataFrame, settings: di
         row.series: Work(value_digest([code, row.key, settings]), partial(prepare, row.series))
         for row in series_index.itertuples()
     }
+
+
+def _check_index(series_index: pd.DataFrame, series: SeriesStore) -> None:
+    """An ingest that was interrupted leaves the former table beside newer series."""
+    check_ingested(dict(zip(series_index["series"], series_index["key"], strict=True)), series, "series_index")
 
 
 def describe_model_input(
@@ -95,6 +105,7 @@ def manifest_of(
     labels: dict[str, Any],
 ) -> dict[str, Any]:
     """The manifest of one split of the prepared series."""
+    check_labels(series_index, preparation.labels_digest(labels))
     settings = {
         "preprocess": preprocess,
         "split": split_settings,

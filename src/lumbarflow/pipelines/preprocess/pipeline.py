@@ -18,7 +18,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             node(split_series, inputs=["series_index", "params:split"], outputs="split", name="split_series"),
             node(
                 index_slices,
-                inputs=["split", "ingested_series", "params:filter"],
+                inputs=["split", "ingested_series", "series_index", "params:filter"],
                 outputs="slice_index",
                 name="index_slices",
             ),

@@ -29,6 +29,9 @@ def plan_recipes(
     model_input.check_not_leaky("final rows")
     if not settings["seeds"] or len(set(settings["seeds"])) < len(settings["seeds"]):
         raise ValueError(f"recipes.seeds is {settings['seeds']}; expected at least one, none of them twice")
+    for name, changes in settings["rows"].items():
+        if not isinstance(changes, str) and "seed" in (changes.get("training") or {}):
+            raise ValueError(f"recipes.rows.{name}.training.seed is set; expected none, as recipes.seeds says which")
     plan = {}
     for seed in settings["seeds"]:
         seeded = {"model": model, "loss": loss, "training": training | {"seed": seed}, "augmentation": augmentation}

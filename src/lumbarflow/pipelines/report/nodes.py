@@ -14,8 +14,8 @@ from lumbarflow.figures import png
 from lumbarflow.model_input import ModelInput
 from lumbarflow.parameters import check_names
 from lumbarflow.pipelines.evaluate.nodes import choose_overlays
-from lumbarflow.preparation import data_hash, split_hash
-from lumbarflow.provenance import check_cohort, check_evaluation, unmarked_if_of
+from lumbarflow.preparation import data_hash, labels_digest, split_hash
+from lumbarflow.provenance import check_cohort, check_evaluation, check_labels, unmarked_if_of
 from lumbarflow.store import SeriesStore
 from lumbarflow.viewer import model_of
 
@@ -35,6 +35,7 @@ def compare_with_published(
     manifest = model_input.manifest
     # The first step of the report: what does not belong together stops here.
     check_evaluation(summary, training_record["weights"], manifest)
+    check_labels(series_index, labels_digest(manifest["settings"]["labels"]))
     check_cohort(data_hash(series_index, manifest["settings"]["labels"]), split_hash(slice_index), manifest)
     check_names(settings, ("published",), "report")
     check_names(settings["published"], ("paper", "baselines"), "report.published")

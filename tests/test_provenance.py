@@ -67,6 +67,8 @@ def test_series_that_were_ingested_with_other_labels_are_named():
     check_labels(index.iloc[:1], "d")
     with pytest.raises(ValueError, match=r"2_t1 and 1 more series were ingested with another labels.table"):
         check_labels(index, "d")
+    with pytest.raises(ValueError, match=r"1_t1 and 2 more series .* Run ingest, and what comes after it"):
+        check_labels(index.drop(columns="labels_digest"), "d")
 
 
 def test_series_that_were_ingested_anew_are_named(tmp_path):

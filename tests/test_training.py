@@ -561,8 +561,8 @@ def test_what_is_written_beside_a_net_is_written_once(tmp_path):
     assert training.keep_record({"weights": "w", "git_commit": "b"}, tmp_path / "out") == first
     assert training.keep_record({"weights": "v", "git_commit": "b"}, tmp_path / "out")["git_commit"] == "b"
     # More epochs that brought no better net are told all the same.
-    for epochs, reason in ((5, "max_minutes"), (9, "max_minutes"), (9, "patience")):
-        record = {"weights": "v", "epochs": epochs, "stopped_by": reason}
+    for count, reason in ((5, "max_minutes"), (9, "max_minutes"), (9, "patience")):
+        record = {"weights": "v", "epochs": count, "stopped_by": reason}
         assert training.keep_record(record, tmp_path / "out") == record
 
 

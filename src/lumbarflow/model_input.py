@@ -104,8 +104,9 @@ class ModelInput:
             )
 
     def check_complete(self, *sides: str) -> None:
-        """Raise ValueError for a missing or cut-off file of these sides, such as an interrupted copy leaves, or one that
-        is newer than the manifest, as an interrupted preprocess leaves it."""
+        """Raise ValueError for a file of these sides that is missing or cut off, such as an interrupted copy leaves, or
+        newer than the manifest, such as an interrupted preprocess leaves.
+        """
         for series in sorted({series for side in sides for series in self.manifest["sides"][side]}):
             for name in (IMAGES, LABELS):
                 self._map(series, name)

@@ -37,12 +37,13 @@ def check_labels(series_index: pd.DataFrame, digest: str) -> None:
     """Stop if series were ingested with other labels than are told of them.
 
     Args:
-        series_index: `series`, `labels_digest`.
+        series_index: `series`, `labels_digest`; one of an earlier version lacks that.
         digest: `preparation.labels_digest` of what is told.
     Raises:
         ValueError: names the first series.
     """
-    others = series_index.loc[series_index["labels_digest"] != digest, "series"]
+    told = series_index.get("labels_digest", pd.Series("", series_index.index))
+    others = series_index.loc[told != digest, "series"]
     if len(others):
         raise ValueError(
             f"{others.iloc[0]} and {len(others) - 1} more series were ingested with another labels.table or "

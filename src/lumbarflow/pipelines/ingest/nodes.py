@@ -151,7 +151,8 @@ def index_series(series: SeriesStore, report: pd.DataFrame, settings: dict[str, 
         )
     columns = [
         "series", "patient", "sequence", "subset", "listed", "synthetic", "n_slices", "rows", "columns",
-        "row_spacing_mm", "column_spacing_mm", "slice_spacing_mm", "image_digest", "mask_digest", "labels_digest", "key",
+        "row_spacing_mm", "column_spacing_mm", "slice_spacing_mm",
+        "image_digest", "mask_digest", "labels_digest", "key",
     ]  # fmt: skip
     accepted = (record for record in series.records().values() if record["outcome"] == ACCEPTED)
     return pd.DataFrame([{name: record[name] for name in columns} for record in accepted])

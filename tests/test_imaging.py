@@ -637,6 +637,17 @@ def test_a_nifti_file_without_a_sound_orientation_is_an_error(plain, capfd, fiel
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_machine_without_memory_says_nothing_of_the_file(plain, monkeypatch):
+    class Full(sitk.ImageFileReader):
+        def Execute(self):
+            raise RuntimeError("Exception thrown in SimpleITK:\nitk::ERROR: Failed to allocate memory for image.")
+
+    path = plain(".nii")
+    monkeypatch.setattr(sitk, "ImageFileReader", Full)
+    with pytest.raises(MemoryError, match=r"1_t2.nii: .*Failed to allocate memory"):
+        read_volume(path)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

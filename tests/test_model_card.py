@@ -12,8 +12,8 @@ from lumbarflow.labels import LabelTable
 from lumbarflow.model_card import _ranges, model_card
 
 
-def interval(scope, label, metric, value, low, high):
-    return {"scope": scope, "class": label, "metric": metric, "value": value, "low": low, "high": high}
+def interval(scope, label, metric, value, low, high, **counts):
+    return {"scope": scope, "class": label, "metric": metric, "value": value, "low": low, "high": high, **counts}
 
 
 def record(**origin):
@@ -58,7 +58,7 @@ def record(**origin):
             interval("pooled", "IVD", "dice", None, None, None),
             interval("pooled", "mean foreground", "dice", 0.9, 0.89, 0.91),
             interval("case mean", "vertebrae", "asd_mm", 0.625, 0.5, 0.75),
-            interval("case mean", "canal", "asd_mm", 0.375, 0.25, 0.5),
+            interval("case mean", "canal", "asd_mm", 0.375, 0.25, 0.5, n_cases=4, n_undefined=2),
             interval("case mean", "canal", "volume_error_ml", 0.7, 0.6, 0.8),
         ],
     }
@@ -80,7 +80,7 @@ def test_card_states_every_fact():
         "to 1.50 mm.",
         "| class | Dice, pooled | ASD in mm, mean of cases |\n| --- | --- | --- |\n"
         "| vertebrae | 0.913 [0.900, 0.920] | 0.62 [0.50, 0.75] |\n"
-        "| canal | 0.880 | 0.38 [0.25, 0.50] |\n"
+        "| canal | 0.880 | 0.38 [0.25, 0.50], 4 of 6 cases |\n"
         "| IVD | – | – |\n"
         "| mean foreground | 0.900 [0.890, 0.910] | – |\n",
         "95 % intervals, bootstrap over patients",

@@ -176,6 +176,8 @@ def read_volume(path: str | Path, kind: type[Volume] = Volume) -> Volume:
         image = reader.Execute()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no reason given"
+        if "allocate memory" in reason:  # the file may be sound
+            raise MemoryError(f"{path}: {reason}") from None
         raise VolumeError(path, f"it cannot be read ({reason})", "a complete volume", _COPY_AGAIN) from None
     array = sitk.GetArrayFromImage(image)
     if kind is LabelMap and not np.issubdtype(array.dtype, np.integer):

@@ -36,10 +36,7 @@ class Normalisation:
         Raises:
             ValueError: values that aren't finite, no such percentiles, or nothing left between them.
         """
-        if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
-            raise ValueError(
-                f"preprocess.percentiles is {list(percentiles)}; expected two numbers from 0 to 100, the lower first"
-            )
+        check_percentiles(percentiles)
         _check_finite(array)
         # A scan has few greys: counted, they need no sorting of millions of voxels.
         values, counts = _greys(array) if _has_greys(array) else (array, None)
@@ -113,6 +110,14 @@ class ColumnNormalisation:
 
 
 NORMALISATIONS = {"z_score": Normalisation, "column_l2": ColumnNormalisation}
+
+
+def check_percentiles(percentiles: Sequence[float]) -> None:
+    """Raises ValueError if these are not two numbers from 0 to 100, the lower first."""
+    if len(percentiles) != 2 or not 0 <= percentiles[0] < percentiles[1] <= 100:
+        raise ValueError(
+            f"preprocess.percentiles is {list(percentiles)}; expected two numbers from 0 to 100, the lower first"
+        )
 
 
 def normalisation_of(array: np.ndarray, name: str, percentiles: Sequence[float]) -> Normalisation | ColumnNormalisation:

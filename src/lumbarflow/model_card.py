@@ -129,9 +129,12 @@ def _figure(row: Mapping[str, Any] | None, digits: int) -> str:
     if row is None or row["value"] is None:
         return "–"
     value = f"{row['value']:.{digits}f}"
-    if row["low"] is None or row["high"] is None:
-        return value
-    return f"{value} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    if row["low"] is not None and row["high"] is not None:
+        value += f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    # A structure that was missed has no distances: a mean over the others is the better for it.
+    if row["scope"] == "case mean" and row.get("n_undefined"):
+        value += f", {row['n_cases']} of {row['n_cases'] + row['n_undefined']} cases"
+    return value
 
 
 def _labels(labels: Mapping[str, Any]) -> str:

@@ -142,3 +142,8 @@ def test_one_sequence_alone_is_ingested_and_the_others_are_one_count(raw, kedro_
     assert catalog.load("series_index")["series"].tolist() == ["1_t2", "2_t2", "4_t2"]
     ignored = catalog.load("ingest_report").query("outcome == 'ignored'")
     assert "2 series of other sequences" in set(ignored["found"])
+
+
+def test_impossible_percentiles_are_no_series_fault(kedro_run, raw):
+    with pytest.raises(ValueError, match=r"preprocess.percentiles is \[99.5, 0.5\]; expected two numbers from 0"):
+        kedro_run("ingest", raw_dir=str(raw), preprocess={"percentiles": [99.5, 0.5]})

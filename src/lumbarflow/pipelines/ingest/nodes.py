@@ -50,6 +50,7 @@ def ingest_series(
     check_names(labels, ("method", "table"), "labels")
     if labels["method"] not in LABEL_METHODS:
         raise ValueError(f"labels.method is {labels['method']!r}; expected one of {', '.join(LABEL_METHODS)}")
+    intensity.check_percentiles(percentiles)  # or each series would be said to have no contrast
     inventory = _inventory(images, masks, overview, settings)
     if not inventory.scans:
         raise ValueError(

@@ -77,3 +77,5 @@ def test_series_that_were_ingested_anew_are_named(tmp_path):
     check_ingested({"1_t1": "key of 1_t1"}, series, "the model input")
     with pytest.raises(ValueError, match=r"2_t1: the model input was made from another scan of this name, or from"):
         check_ingested({"1_t1": "key of 1_t1", "2_t1": "former"}, series, "the model input")
+    with pytest.raises(ValueError, match="3_t1: the model input was made from"):
+        check_ingested({"3_t1": "gone"}, series, "the model input")

@@ -63,7 +63,11 @@ def check_ingested(keys: Mapping[str, str], series: SeriesStore, what: str) -> N
         ValueError: names the first series.
     """
     for name, key in keys.items():
-        if series.record(name).get("key") != key:
+        try:
+            found = series.record(name).get("key")
+        except FileNotFoundError:  # it is no longer there at all
+            found = None
+        if found != key:
             raise ValueError(
                 f"{name}: {what} was made from another scan of this name, or from other labels or settings of ingest, "
                 "than the ingested series at hand; expected the same. Run ingest, and what comes after it, with the "

@@ -19,7 +19,7 @@ from lumbarflow.imaging import LabelMap, Volume
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) >= (os.cpu_count() or 1) > 1:
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
-# With a file per process, what is begun last must be short: these take longer than a minute, the longest comes first.
+# With a file per process, what is begun last must be short. Roughly by their time, unit and integration tests together:
 LONG_FILES = (
     "test_docs.py",
     "test_kubeflow.py",

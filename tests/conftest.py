@@ -67,7 +67,12 @@ def give_up() -> Callable[[str], None]:
 def small_settings() -> dict:
     """A cohort and a net small enough for a run in a test; everything else is as in the users' configuration."""
     return {
-        "synthesize": {"patients": 8, "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0}},
+        "synthesize": {
+            "patients": 8,
+            "sequences": {"t1": 0.0, "t2": 1.0, "t2_SPACE": 0.0},
+            "matrix": {"rows": [88, 112]},
+            "acquisition": {"thick": {"samples": 1}},
+        },
         "preprocess": {"size": [64, 64]},
         "model": {
             "encoder_widths": [8, 16, 24, 32],
@@ -75,7 +80,7 @@ def small_settings() -> dict:
             "encoder_dropouts": [0, 0, 0, 0],
             "decoder_dropouts": [0, 0],
         },
-        "training": {"precision": "float32", "epochs": 30, "batch_size": 4, "learning_rate": 3.0e-3},
+        "training": {"precision": "float32", "epochs": 16, "batch_size": 4, "learning_rate": 3.0e-3},
     }
 
 

@@ -276,7 +276,7 @@ def _reached(tree: ast.Module, name: str) -> Iterator[ast.AST]:
 
 
 # By any of these a test, or its whole file, can be kept from running in CI.
-_NOT_ALWAYS = {"skip", "skipif", "importorskip", "xfail", "container", "first_run"}
+_NOT_ALWAYS = {"skip", "skipif", "importorskip", "xfail", "container", "long"}
 
 
 def _given_by(test: str) -> set[str]:
@@ -326,7 +326,7 @@ def test_a_test_that_gives_a_command_gives_it_itself(tmp_path, monkeypatch):
         "@pytest.mark.skip\ndef test_c():\n    pass\n"
         "def test_e():\n    skip('never')\ndef test_f():\n    pytest.importorskip('antigravity')\n"
         "@pytest.mark.container\ndef test_g():\n    pass\n"
-        "@pytest.mark.first_run\ndef test_i():\n    pass\n@pytest.mark.xfail\ndef test_j():\n    pass\n"
+        "@pytest.mark.long\ndef test_i():\n    pass\n@pytest.mark.xfail\ndef test_j():\n    pass\n"
         "@pytest.mark.skipif(True, reason='never')\ndef test_k():\n    pass\n"
     )
     (tmp_path / "test_y.py").write_text("pytestmark = pytest.mark.skip\ndef test_h():\n    pass\n")

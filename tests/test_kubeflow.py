@@ -660,8 +660,8 @@ def copy_of_the_project(folder: Path, settings: dict) -> Path:
     return folder
 
 
-@pytest.mark.integration
-@pytest.mark.timeout(900)  # 4 minutes on two cores: eight processes
+@pytest.mark.long  # 4 minutes: eight processes, each with imports of its own
+@pytest.mark.timeout(900)
 def test_the_train_pipeline_in_steps_finds_what_kedro_run_finds(tmp_path, small_settings):
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = str(ROOT / "src")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -161,6 +163,20 @@ def test_a_killed_worker_costs_nothing(tmp_path, caplog):
     assert {outcome.name: outcome.result for outcome in outcomes} == items
     assert not any(outcome.failure for outcome in outcomes)
     assert "count: a worker was killed; 2_t2, which was in hand, is begun again" in caplog.messages
+
+
+def test_a_worker_whose_memory_grows_is_replaced_without_a_word(recwarn):
+    """What one scan needs may be more than loky lets a process keep."""
+    warnings.simplefilter("always")
+
+    def grow(name, item):
+        builtins.kept = [*getattr(builtins, "kept", []), b"x" * 400_000_000]
+        time.sleep(1.1)  # loky looks once a second
+        return os.getpid()
+
+    found = [outcome.result for outcome in PROCESSES.run(grow, dict.fromkeys("abcdef", 1), "count")]
+    assert len(set(found)) > 2  # replaced indeed
+    assert not recwarn.list
 
 
 def test_whoever_kills_every_worker_fails_alone(tmp_path):

@@ -266,6 +266,9 @@ class _Processes:
     def _executor(self) -> Any:
         from joblib.externals.loky import get_reusable_executor
 
+        # loky puts another process in the place of one whose memory has grown, or that has been idle for too long when
+        # work comes. Nothing is lost, and nobody has to know.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor")
         # Another one only if it differs or has lost a worker. The variables are read when the libraries are imported.
         return get_reusable_executor(self._count, timeout=_SECONDS_IDLE, env=dict.fromkeys(_THREADS_OF_LIBRARIES, "1"))
 

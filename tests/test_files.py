@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 
-from lumbarflow.files import code_digest, file_digest, read_json, value_digest, write_atomically, write_json
+from lumbarflow.files import (
+    code_digest,
+    file_digest,
+    held_alone,
+    read_json,
+    value_digest,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_file_appears_whole_under_its_name(tmp_path):
@@ -47,6 +57,26 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_is_held_by_one_and_let_go_when_it_is_killed(tmp_path):
+    folder = tmp_path / "new"
+    code = (
+        "import sys, time\nfrom lumbarflow.files import held_alone\n"
+        "with held_alone(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=r"new: another process is writing to it; wait"), held_alone(folder):
+            raise AssertionError("two at a time")
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    for _ in range(2):
+        with held_alone(folder):
+            (folder / "a").touch()
 
 
 def test_json_is_sorted_readable_and_comes_back(tmp_path):

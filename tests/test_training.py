@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import math
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lumbarflow import epochs, models, progress, training
 from lumbarflow.backend import load_keras
 from lumbarflow.batches import SliceBatches
 from lumbarflow.checkpoint import Checkpoint
+from lumbarflow.files import held_alone
 from lumbarflow.model_input import FORMAT_VERSION, ModelInput
 from lumbarflow.networks import load_model, save_model
 from lumbarflow.training import fit
@@ -775,26 +777,32 @@ def test_a_killed_command_goes_on_and_ends_like_one_that_was_not(prepared, tmp_p
     assert [float(line.split(",")[3]) for line in lines[1:]] == [entry["val_mean_iou"] for entry in whole.history]
 
 
-def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(prepared, tmp_path):
-    # The kernel refuses what a full disk would: the checkpoint of the first epoch fits, and not that of the second.
-    code = (
-        "import resource, signal, sys\n"
-        "from lumbarflow import training\n"
-        "from lumbarflow.checkpoint import Checkpoint\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "write = Checkpoint.write\n"
-        "def limited(self, path):\n"
-        "    if len(self.progress['history']) == 2:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))\n"
-        "    write(self, path)\n"
-        "Checkpoint.write = limited\n"
-        "sys.exit(training.main())\n"
-    )
+def test_a_folder_is_trained_into_by_one_at_a_time(prepared, tmp_path, caplog):
     output = tmp_path / "output"
-    done = subprocess.run(command(prepared.root, output, code=code), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "the checkpoint of epoch 2 cannot be written" in done.stderr
-    assert "The checkpoint of epoch 1 is whole" in done.stderr
+    with held_alone(output):
+        assert training.main(command(prepared.root, output)[3:]) == 1
+    assert f"{output}: another process is writing to it; wait for its end" in caplog.text
+    assert not list(output.iterdir())
+
+
+def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(prepared, tmp_path, monkeypatch, caplog):
+    # The kernel refuses what a full disk would: the checkpoint of the first epoch fits, and not that of the second.
+    write = Checkpoint.write
+
+    def limited(self, path):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if len(self.progress["history"]) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            write(self, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(Checkpoint, "write", limited)
+    output = tmp_path / "output"
+    assert training.main(command(prepared.root, output)[3:]) == 1
+    assert "the checkpoint of epoch 2 cannot be written" in caplog.text
+    assert "The checkpoint of epoch 1 is whole" in caplog.text
     assert len(Checkpoint.read(output / "checkpoint.npz").progress["history"]) == 1
     assert not list(output.glob(".partial*"))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +23,45 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it; on any error nothing is left behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name keeps its ending: several writers choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=PARTIAL, suffix=path.name, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    # The name keeps its ending: several writers choose the format by it. Made here and not by tempfile, whose files
+    # nobody but their owner can read: outputs follow the user's umask.
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}{path.name}")
+    partial.touch(exist_ok=False)
     try:
         write(partial)
-        # mkstemp makes files that only their owner can read; outputs follow the user's umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held_alone(folder: str | Path) -> Iterator[None]:
+    """Keep a folder for one user at a time; the system lets it go when this process ends, however it ends.
+
+    Where the system or the file system knows no such locks, nothing is kept.
+
+    Raises:
+        BlockingIOError: somebody else has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # on Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, f"{folder}: another process is writing to it; wait for its end, or name another folder"
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:

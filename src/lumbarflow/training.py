@@ -31,7 +31,7 @@ from lumbarflow.backend import describe_hardware, load_keras, set_seed
 from lumbarflow.batches import SliceBatches
 from lumbarflow.devices import Devices
 from lumbarflow.epochs import BEST_MODEL, CHECKPOINT, Epochs, find_checkpoint
-from lumbarflow.files import read_json, write_atomically, write_json
+from lumbarflow.files import held_alone, read_json, write_atomically, write_json
 from lumbarflow.losses import FocalDiceLoss, MeanIoU
 from lumbarflow.model_input import ModelInput
 from lumbarflow.networks import save_model, uncompiled
@@ -105,8 +105,19 @@ def fit(
             size that the net cannot take, an output folder that holds another training.
         FloatingPointError: the loss is not finite; names the epoch and the batch's slices.
         MemoryError: the device has too little memory; names the settings to lower.
-        OSError: a checkpoint cannot be written; names the last one that could.
+        OSError: a checkpoint cannot be written; names the last one that could. Or another process has the output
+            folder.
     """
+    with held_alone(output) if output is not None else contextlib.nullcontext():
+        return _fit(model_input, settings, output, on_epoch)
+
+
+def _fit(
+    model_input: ModelInput,
+    settings: Mapping[str, Mapping[str, Any]],
+    output: str | Path | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> TrainingResult:
     started = time.monotonic()
     check_sections(settings)
     training = section(TrainingSettings, settings, "training")

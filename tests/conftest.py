@@ -81,6 +81,7 @@ def small_settings() -> dict:
             "decoder_dropouts": [0, 0],
         },
         "training": {"precision": "float32", "epochs": 16, "batch_size": 4, "learning_rate": 3.0e-3},
+        "evaluation": {"intervals": {"samples": 50}},
     }
 
 

@@ -77,6 +77,16 @@ def test_a_folder_is_held_by_one_and_let_go_when_it_is_killed(tmp_path):
     for _ in range(2):
         with held_alone(folder):
             (folder / "a").touch()
+    assert (folder / "a").exists()
+
+
+def test_a_folder_that_was_held_for_nothing_does_not_stay(tmp_path):
+    with pytest.raises(ValueError, match="nothing to do"), held_alone(tmp_path / "new"):
+        raise ValueError("nothing to do")
+    assert not (tmp_path / "new").exists()
+    with held_alone(tmp_path):
+        pass
+    assert tmp_path.exists()
 
 
 def test_json_is_sorted_readable_and_comes_back(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -38,12 +39,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
 def held_alone(folder: str | Path) -> Iterator[None]:
     """Keep a folder for one user at a time; the system lets it go when this process ends, however it ends.
 
+    It is made where it is missing, and does not stay if nothing is put into it.
+
     Where the system or the file system knows no such locks, nothing is kept.
 
     Raises:
         BlockingIOError: somebody else has it.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ModuleNotFoundError:  # on Windows
@@ -62,6 +67,9 @@ def held_alone(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is still empty
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -98,8 +106,19 @@ def code_digest(paths: Iterable[str | Path]) -> str:
 
     It is taken from the syntax tree, whose form is Python's: another minor version of Python gives another digest.
     """
+    return _code_digest(tuple((str(path), *_state(path)) for path in paths))
+
+
+def _state(path: str | Path) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_mtime_ns, state.st_size
+
+
+# Parsing takes some hundred milliseconds, and a run asks several times.
+@functools.lru_cache(maxsize=64)
+def _code_digest(files: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
+    for path, *_ in files:
         tree = ast.parse(Path(path).read_bytes())
         for part in ast.walk(tree):
             if isinstance(part, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(part, clean=False):

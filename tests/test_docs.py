@@ -54,6 +54,7 @@ NOT_RUN = {
     "kedro jupyter lab": "JupyterLab is no part of the project",
     "zensical serve": "builds what `zensical build` builds, until it is stopped",
     "python3 -m http.server --bind 127.0.0.1 --directory site": "the tests serve that folder themselves",
+    "pip install -q -c constraints.txt -e '.[dev]'": "what the test command does with uv",
     "pip install -c constraints.txt -e '.[dicom]'": "a part of the test command's installation",
     "pip install -c constraints.txt -e '.[jax]'": "a part of the test command's installation",
     "pip install -c constraints.txt -e '.[gpu]'": "needs a GPU",

@@ -583,7 +583,7 @@ class Reader:
         with log.open("w") as stream:
             process = subprocess.Popen(
                 ["bash", "-c", f"exec env {command}"], cwd=self.project, stdout=stream, stderr=stream,
-                start_new_session=True, env=_environment(),
+                start_new_session=True, env=_environment() | {"PATH": _without_this_environment()},
             )  # fmt: skip
         self.servers.append(process)
         end = time.monotonic() + 180
@@ -604,6 +604,12 @@ class Reader:
                 os.killpg(process.pid, 9)
             process.wait()
         self.servers.clear()
+
+
+def _without_this_environment() -> str:
+    """The PATH of a shell in which nobody has activated it."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not Path(folder, "mlflow").exists())
 
 
 def _environment() -> dict[str, str]:

@@ -872,9 +872,9 @@ def test_pulled_model_needs_neither_kedro_nor_the_checkout(store, logged, networ
 @pytest.mark.integration
 def test_pulled_model_works_with_its_recorded_requirements_alone(logged, network, tmp_path, scan_files):
     environment = tmp_path / "environment"
-    venv.create(environment, with_pip=True)
+    venv.create(environment, with_pip=False)
     python = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
-    requirements = str(logged.folder / "requirements.txt")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True, timeout=1200)
+    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    subprocess.run([*install, "--requirement", logged.folder / "requirements.txt"], check=True, timeout=1200)
     source = assert_pulled_equals_pipeline(python, str(logged.folder), network, tmp_path, scan_files)
     assert source == logged.folder / "code" / "lumbarflow" / "__init__.py"

@@ -25,6 +25,20 @@ def quiet_tools() -> None:
     warnings.filterwarnings("ignore", message="Option '--pipeline' is deprecated")
 
 
+def prepare_mlflow_ui() -> None:
+    """Let `kedro mlflow ui` find the `mlflow` of its own environment, and start what one person needs.
+
+    kedro-mlflow takes the first `mlflow` on the PATH, where there is none, or another one, unless the environment is
+    activated. MLflow would start four workers and, for jobs of language models, half a dozen more processes.
+    """
+    if sys.argv[1:3] != ["mlflow", "ui"]:
+        return
+    here = str(Path(sys.executable).parent)  # not resolved: in a virtual environment it is a link
+    os.environ["PATH"] = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
+    os.environ.setdefault("MLFLOW_WORKERS", "1")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+
 def _quiet_viz() -> None:
     """Let Kedro-Viz ask nobody for its newest version, and complain of no preview that can't be there yet."""
     from kedro_viz import __version__

@@ -6,12 +6,13 @@ import kedro_mlflow  # noqa: F401  (sets its own log level when imported: first,
 from kedro.config import OmegaConfigLoader
 from omegaconf.resolvers import oc
 
-from lumbarflow.config import artifact_location, data_root, project_path, quiet_tools
+from lumbarflow.config import artifact_location, data_root, prepare_mlflow_ui, project_path, quiet_tools
 from lumbarflow.hooks import RunHooks
 
 logging.getLogger("kedro_mlflow").setLevel(logging.WARNING)
 # Once more: the process of Kedro-Viz's server is started without Kedro's entry points.
 quiet_tools()
+prepare_mlflow_ui()
 
 HOOKS = (RunHooks(),)
 
